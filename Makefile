@@ -1,0 +1,24 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment in .venv, pinned versions.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	$(BIN)/nanogpt-env play --tier nano-steps --agent ladder --output demo-output
+
+test: .venv/installed check
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy nanogpt_env gpu_backend examples benchmarks
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-output dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,221 @@
+"""Train one candidate for real: owns model, batches, forward, backward, evaluation and seeds.
+
+One process serves one run. It starts the sandbox and loads torch, then waits for a job, one JSON line on
+standard input, so that a caller can keep a warm one ready. It answers on standard output with JSON lines:
+`progress` events and at last one `result`. A further line on standard input, or its end, cancels the run.
+
+    python trainer.py [--sandbox auto|bubblewrap|plain] < job.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sandbox
+from logs import BoundedLog
+
+HERE = Path(__file__).resolve().parent
+CONTENT = HERE.parent  # envs/, records and corpora lie here: no candidate may see it
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train. At the steps in `points` and at the end, `point_tokens` tokens of the first shard in
+    `final_shards` are evaluated; at the end also all tokens of each of them."""
+
+    source: str
+    model: dict[str, int]
+    corpus: str
+    cache: str
+    batch_size: int
+    steps: int
+    horizon: int
+    seed: str
+    limits: dict[str, Any]
+    points: list[int] = field(default_factory=list)
+    point_tokens: int = 4096
+    train_shard: str = "train"
+    final_shards: list[str] = field(default_factory=lambda: ["val_public"])
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.horizon < self.steps:
+            raise ValueError(f"steps must be at least 1 and at most the horizon, got {self.steps} of {self.horizon}")
+        if not self.final_shards:
+            raise ValueError("final_shards must name at least one shard")
+
+    def stream_seed(self, name: str) -> int:
+        """63 bits for one purpose; no purpose's seed tells anything about another's."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass
+class Result:
+    """Measured by this process; only `log` is the candidate's. Times in seconds, losses in nats per token."""
+
+    exit_reason: str = "completed"
+    detail: str = ""
+    train_losses: list[float] = field(default_factory=list)
+    val_points: list[tuple[int, float]] = field(default_factory=list)
+    val_losses: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    tokens: int = 0
+    flops: int = 0
+    device_seconds: float = 0.0
+    train_seconds: float = 0.0
+    rule_time_ratio: float = 0.0
+    trainer_peak_bytes: int = 0
+    rule_peak_bytes: int = 0
+    log: str = ""
+    sandbox: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+
+
+class Cancel:
+    """Set when the caller closes or writes to standard input; kills the candidate at once."""
+
+    def __init__(self, process: sandbox.Process) -> None:
+        self.process, self.called = process, False
+
+    def watch(self) -> None:
+        sys.stdin.readline()
+        self.called = True
+        sandbox.kill_pid(self.process.pid)
+
+
+def emit(event: str, **fields: Any) -> None:
+    try:
+        print(json.dumps({"event": event, **fields}), flush=True)
+    except BrokenPipeError:  # the caller is gone; Cancel ends the run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel) -> Result:
+    """Train and evaluate. Candidate faults and cancellation end in a `Result`, never an exception."""
+    from rule import IsolatedRule, RunFailed
+    from training import Training
+
+    started = time.monotonic()
+    result = Result(sandbox=asdict(process.info), versions=_versions(), hardware=_hardware())
+    try:
+        training = Training(job, result, lambda: cancel.called)
+        rule = IsolatedRule(
+            process,
+            training.flat,
+            job.source,
+            job.horizon,
+            job.stream_seed("rule"),
+            training.limits,
+        )
+        try:
+            evaluated = training.train(rule, lambda: emit("progress", **_progress(job, result)))
+        finally:
+            result.rule_time_ratio = rule.total_rule_s / max(rule.total_forward_backward_s, 1e-9)
+            result.rule_peak_bytes = _peak_bytes(process.pid)
+        process.kill()  # before the final evaluation: nothing of the candidate is alive in it
+        emit("progress", **_progress(job, result), evaluating=True)
+        training.evaluate_all(evaluated)
+    except RunFailed as failure:
+        result.exit_reason, result.detail = failure.reason, str(failure)
+    finally:
+        process.kill()
+    if cancel.called:
+        result.exit_reason, result.detail = "cancelled", "the run was cancelled"
+    result.log = log.text()
+    result.trainer_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result.device_seconds = time.monotonic() - started
+    return result
+
+
+def _progress(job: Job, result: Result) -> dict[str, Any]:
+    loss = result.train_losses[-1] if result.train_losses else math.nan
+    return {"step": result.steps, "steps": job.steps, "train_loss": loss if loss == loss else None}
+
+
+def _peak_bytes(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+def _versions() -> dict[str, str]:
+    import numpy
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"cpu": name, "cores": os.cpu_count(), "simd": capability, "threads": 1}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sandbox", default="auto", choices=sandbox.CHOICES)
+    parser.add_argument("--hide", action="append", default=[], help="folder no candidate may see")
+    args = parser.parse_args()
+    sandbox.adopt_orphans()
+    log = BoundedLog()
+    hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
+    try:
+        process = sandbox.launch(args.sandbox, hidden, log.write_fd)
+    except sandbox.SandboxError as error:
+        emit("error", message=str(error))
+        return 3
+    log.close_writer()
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        emit("ready", sandbox=asdict(process.info))
+        line = sys.stdin.readline()
+        if not line:
+            return 0  # a warm trainer that was not needed
+        try:
+            job = Job(**json.loads(line))
+        except (TypeError, ValueError) as error:
+            emit("error", message=f"not a valid job: {error}")
+            return 2
+        cancel = Cancel(process)
+        threading.Thread(target=cancel.watch, daemon=True).start()
+        try:
+            result = run(job, process, log, cancel)
+        except (ValueError, OSError) as error:  # our own configuration or data, not the candidate
+            emit("error", message=str(error))
+            return 2
+        emit("result", **asdict(result))
+        return 0
+    finally:
+        process.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The training loop: batches, forward, backward, the rule's step, evaluation. No candidate code here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+from model import GPT, ModelConfig, flops_per_token
+from rule import Flat, Limits, Rule, RunFailed
+
+if TYPE_CHECKING:
+    from trainer import Job, Result
+
+PROGRESS_EVERY_S = 0.25
+EVAL_SEQUENCES = 32
+
+
+class Training:
+    """One run's model, data and measurements. Token ids are relabelled by a permutation of this run, so
+    that text or tables which a candidate brings along mean nothing here."""
+
+    def __init__(self, job: Job, result: Result, cancelled: Callable[[], bool]) -> None:
+        self.job, self.result, self.cancelled = job, result, cancelled
+        self.started = time.monotonic()
+        self.config, self.limits = ModelConfig(**job.model), Limits(**job.limits)
+        shards = data.unpack(Path(job.corpus), Path(job.cache))
+        missing = {job.train_shard, *job.final_shards} - set(shards)
+        if missing:
+            raise ValueError(f"corpus {job.corpus} has no shard {', '.join(sorted(missing))}")
+        generator = np.random.default_rng(job.stream_seed("relabel"))
+        special_ids = data.load_manifest(Path(job.corpus)).special_ids
+        labels = data.permutation(self.config.vocab_size, special_ids, generator)
+        tokens = data.relabel(data.read_shard(shards[job.train_shard]), labels)
+        self.batches = data.Batches(
+            tokens,
+            job.batch_size,
+            self.config.seq_len,
+            np.random.default_rng(job.stream_seed("batches")),
+        )
+        self.val = {n: data.relabel(data.read_shard(shards[n]), labels) for n in job.final_shards}
+        self.model = GPT(self.config)
+        self.model.initialize(torch.Generator().manual_seed(job.stream_seed("init")))
+        self.flat = Flat(self.model)
+
+    def train(self, rule: Rule, progress: Callable[[], None]) -> Tensor:
+        """Run all steps; return the flat parameters to evaluate. Raises `RunFailed`."""
+        job, result = self.job, self.result
+        points, told = set(job.points), time.monotonic()
+        began = time.monotonic()
+        for step in range(job.steps):
+            self._check(step)
+            loss, seconds = self._forward_backward()
+            if not math.isfinite(loss):
+                raise RunFailed("nonfinite_loss", f"the training loss was {loss} at step {step}")
+            result.train_losses.append(loss)
+            rule.step(step, seconds)
+            result.steps = step + 1
+            result.tokens = result.steps * job.batch_size * self.config.seq_len
+            result.flops = result.tokens * flops_per_token(self.config)
+            if result.steps in points and result.steps < job.steps:
+                # readout is asked for at the same steps in runs and reruns: nothing tells them apart
+                self._evaluate_point(rule.readout())
+            if time.monotonic() - told > PROGRESS_EVERY_S:
+                told = time.monotonic()
+                progress()
+        result.train_seconds = time.monotonic() - began
+        return rule.readout().clone()
+
+    def _check(self, step: int) -> None:
+        if self.cancelled():
+            raise RunFailed("cancelled", f"the run was cancelled at step {step}")
+        if time.monotonic() - self.started > self.limits.deadline_s:
+            raise RunFailed(
+                "deadline",
+                f"the run's {self.limits.deadline_s:g} s were over at step {step} of {self.job.steps}",
+            )
+
+    def _forward_backward(self) -> tuple[float, float]:
+        """(loss, CPU seconds of this thread); the gradients are left in `flat.gradients`."""
+        inputs, targets = (torch.from_numpy(x) for x in self.batches.next())
+        began = time.thread_time()
+        self.flat.gradients.zero_()
+        loss = self.model(inputs, targets)
+        loss.backward()
+        return loss.item(), time.thread_time() - began
+
+    def _evaluate_point(self, flat_params: Tensor) -> None:
+        shard = self.val[self.job.final_shards[0]]
+        loss = self._evaluate(flat_params, shard[: self.job.point_tokens])
+        self.result.val_points.append((self.result.steps, loss))
+
+    def evaluate_all(self, flat_params: Tensor) -> None:
+        """The last point, and the whole of every final shard. Raises `RunFailed` on a loss like NaN."""
+        self._evaluate_point(flat_params)
+        for name, shard in self.val.items():
+            loss = self._evaluate(flat_params, shard)
+            if not math.isfinite(loss):
+                raise RunFailed("nonfinite_loss", f"the validation loss was {loss}")
+            self.result.val_losses[name] = loss
+
+    def _evaluate(self, flat_params: Tensor, tokens: np.ndarray) -> float:
+        """Mean cross-entropy over consecutive, non-overlapping sequences; a tail shorter than one is left."""
+        length = self.config.seq_len
+        count = (len(tokens) - 1) // length
+        if count < 1:
+            raise ValueError(f"a validation shard needs more than {length} tokens, has {len(tokens)}")
+        ids = torch.from_numpy(tokens[: count * length + 1].astype(np.int64))
+        inputs, targets = ids[:-1].view(count, length), ids[1:].view(count, length)
+        kept = self.flat.params.clone()
+        self.flat.params.copy_(flat_params)
+        total = 0.0
+        with torch.no_grad():
+            for i in range(0, count, EVAL_SEQUENCES):
+                if self.cancelled():
+                    raise RunFailed("cancelled", "the run was cancelled in its evaluation")
+                part = inputs[i : i + EVAL_SEQUENCES], targets[i : i + EVAL_SEQUENCES]
+                total += self.model(*part).item() * len(part[0])
+        self.flat.params.copy_(kept)
+        return total / count

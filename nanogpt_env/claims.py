@@ -1,0 +1,63 @@
+"""Which claim an agent's own runs support."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from nanogpt_env.stats import predicted_power, runs_to_tell
+from nanogpt_env.tiers import Tier
+from nanogpt_env.types import Record, RunResult
+
+POWER = 0.9
+
+
+class ClaimAdvice(Record):
+    """`claim` is the smallest step likely to be accepted, or None with the reason in `text`."""
+
+    claim: int | None
+    power: float = 0.0
+    text: str
+
+
+def curve(run: RunResult, shard: str) -> tuple[list[int], list[float]]:
+    """(steps, losses): the evaluated steps of a completed run with their loss on the whole `shard`.
+
+    Points see a small part of the shard; what part and whole differ by at the end shifts all of them.
+    """
+    steps, losses = zip(*run.val_points, strict=True)
+    shift = run.val_losses[shard] - losses[-1]
+    return list(steps), [loss + shift for loss in losses]
+
+
+def advise(tier: Tier, runs: Sequence[RunResult]) -> ClaimAdvice:
+    """The smallest claim whose predicted power is at least 0.9, given completed runs of the candidate at
+    one horizon. The runs saw the public shard: its calibrated offset is taken off, and how much that
+    offset varies from run to run makes each run count for less."""
+    if not runs:
+        return ClaimAdvice(claim=None, text="no completed run of this program at this horizon; run it first")
+    test, c, shard = tier.test(), tier.measured, tier.table.data.public
+    information = c.sigma**2 / (c.sigma**2 + c.shard_offset_sd**2)
+    first = max(min(curve(r, shard)[0]) for r in runs)
+    last = min(r.steps for r in runs)
+    steps = np.arange(first, last + 1)
+    losses = np.mean([np.interp(steps, *curve(r, shard)) for r in runs], axis=0) - c.shard_offset
+    margins = tier.table.training.target - losses
+    for step, margin in zip(steps, margins, strict=True):
+        power = predicted_power(test, float(margin), c.sigma, len(runs) * information)
+        if power >= POWER:
+            text = f"claim {step}: predicted power {power:.2f} from {len(runs)} run(s)"
+            return ClaimAdvice(claim=int(step), power=power, text=text)
+    best = int(np.argmax(margins))
+    needed = runs_to_tell(test, float(margins[best]), c.sigma, POWER)
+    if needed is None:
+        text = (
+            f"the predicted loss at step {steps[best]} leaves a margin of {margins[best]:+.4f} nat to the target; "
+            f"no number of runs makes that likely to be accepted. Improve the rule or lengthen the horizon"
+        )
+    else:
+        more = max(1, math.ceil(needed / information) - len(runs))
+        text = f"{more} more run(s) at this horizon would tell whether step {steps[best]} can be claimed"
+    return ClaimAdvice(claim=None, text=text)

@@ -1,0 +1,28 @@
+"""Where the shipped folders are (envs/, judges/, gpu_backend/) and where we may write."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import platformdirs
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@functools.cache
+def content_root() -> Path:
+    """The folder that holds envs/, judges/ and gpu_backend/: in the wheel, or the checkout."""
+    installed = _PACKAGE / "_content"
+    return installed if installed.is_dir() else _PACKAGE.parent
+
+
+def cache_dir() -> Path:
+    """For what can be made again (unpacked shards). NANOGPT_ENV_CACHE overrides."""
+    return Path(os.environ.get("NANOGPT_ENV_CACHE") or platformdirs.user_cache_path("nanogpt_env"))
+
+
+def state_dir() -> Path:
+    """For ledgers and evidence. NANOGPT_ENV_STATE overrides."""
+    return Path(os.environ.get("NANOGPT_ENV_STATE") or platformdirs.user_state_path("nanogpt_env"))

@@ -1,0 +1,340 @@
+"""The speedrun as a `gymnasium.Env`: orchestration only. docs/environment.md is the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from nanogpt_env import actions as act
+from nanogpt_env import report
+from nanogpt_env.backends import Backend
+from nanogpt_env.backends.local import LocalBackend
+from nanogpt_env.budget import METERS, Budget
+from nanogpt_env.content import state_dir
+from nanogpt_env.episode import SOURCE, AgentRun, Episode
+from nanogpt_env.errors import ActionError, BackendError, BudgetError
+from nanogpt_env.spaces import MAX_TEXT, action_space, box, observation_space
+from nanogpt_env.tiers import Tier, load_tier
+from nanogpt_env.types import Rerun
+from nanogpt_env.verify import OnProgress
+from nanogpt_env.workspace import Workspace
+
+Observation = dict[str, Any]
+Info = dict[str, Any]
+StepResult = tuple[Observation, float, bool, bool, Info]
+
+
+@dataclass
+class Outcome:
+    """What one action did."""
+
+    text: str
+    reward: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+    """further keys of info"""
+
+
+class Speedrun(gymnasium.Env[Observation, Any]):
+    """One agent, one tier. `step` takes an action of `nanogpt_env.actions`, the equivalent dict, or JSON text.
+
+    tier: name of a tier or path of its folder. start, anchor: names of its records. budget: meters to
+    override. sandbox: 'auto', 'bubblewrap' or 'plain'. state_dir: where ledger and evidence go. backend:
+    what trains (default: this machine). Raises `TierError` for a tier that cannot be used.
+    """
+
+    # annotated as Gymnasium does, hence the noqa
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 1}  # noqa: RUF012
+
+    def __init__(
+        self,
+        tier: str | Path = "nano-steps",
+        *,
+        start: str | None = None,
+        anchor: str | None = None,
+        budget: Mapping[str, float] | None = None,
+        sandbox: str = "auto",
+        state_dir: str | Path | None = None,
+        backend: Backend | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
+        self.tier: Tier = load_tier(tier)
+        self.render_mode = render_mode
+        self.action_space = action_space()
+        self.observation_space = observation_space(METERS)
+        self._defaults: dict[str, Any] = {"start": start, "anchor": anchor, "budget": budget}
+        self._state_dir = state_dir
+        self._backend: Backend = backend or LocalBackend(sandbox, warm=True)
+        self._owned = True  # a fork shares the backend and the episode, and closes neither
+        self._episode: Episode | None = None
+        self.history: list[tuple[str, str]] = []
+        # observers for progress displays; they must not raise
+        self.on_rerun: Callable[[Rerun], None] = lambda rerun: None
+        self.on_progress: OnProgress = lambda n, handle: None
+
+    @property
+    def episode(self) -> Episode:
+        if self._episode is None:
+            raise gymnasium.error.ResetNeeded("call reset() first")
+        return self._episode
+
+    # --- Gymnasium ---
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
+        """Begin an episode. options: `start`, `anchor` (record names), `budget` (meters to override).
+
+        The seed never determines verification seeds. Raises `ActionError` for options that make no sense.
+        """
+        super().reset(seed=seed)
+        chosen = self._options(options or {})
+        if self._episode is not None and self._owned:
+            self._episode.end("reset")
+        table = self.tier.table
+        self._episode = Episode(
+            self.tier,
+            chosen["start"] or table.reward.start,
+            chosen["anchor"] or table.reward.anchor,
+            Budget(self._limits(chosen["budget"] or {})),
+            self._backend,
+            Path(self._state_dir or state_dir()),
+        )
+        self._owned = True
+        source = self.tier.record(self._episode.start).source
+        self.workspace = Workspace({SOURCE: source}, {"task.md": self.tier.task}, table.limits.source_bytes)
+        self.history = []
+        text = f"{self.tier.task}\n{report.state_text(self._episode)}"
+        self._render_human(text)
+        return self._observation(text), self._info()
+
+    def step(self, action: Any) -> StepResult:
+        """Do one action. Nothing the agent sends raises: a malformed or impossible action is an
+        observation that says why, with `info["error"]` set. Raises only for failures of ours."""
+        episode = self.episode
+        if episode.over:
+            raise gymnasium.error.ResetNeeded(f"the episode is over ({episode.over}); call reset()")
+        episode.collect()
+        outcome, name = self._perform(action)
+        episode.budget.charge("episode_steps")
+        exhausted = episode.budget.exhausted()
+        terminated = name == "stop" and "error" not in outcome.extra
+        truncated = bool(exhausted) and not terminated
+        info_error = outcome.extra.get("error", "")
+        episode.ledger.append("action", type=name, error=info_error, snapshot=self.workspace.snapshot)
+        self.history.append((name, outcome.text))
+        if terminated or truncated:
+            episode.end("stopped by the agent" if terminated else f"budget spent: {exhausted}")
+        text = outcome.text
+        if truncated:
+            text += f"\nThe episode is over: {exhausted} is spent."
+        self._render_human(text)
+        return self._observation(text), outcome.reward, terminated, truncated, self._info(outcome.extra)
+
+    def render(self) -> str | None:
+        if self.render_mode == "ansi":
+            return report.state_text(self.episode)
+        return None
+
+    def close(self) -> None:
+        """End the episode and everything it started. Safe to call twice."""
+        if self._owned:
+            if self._episode is not None:
+                self._episode.end("closed")
+            self._backend.close()
+
+    # --- checkpoints and forks ---
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Workspace and history as JSON-ready data. Meters, runs and verdicts are not part of it: they
+        belong to the episode and only grow."""
+        w = self.workspace
+        return {
+            "episode": self.episode.id,
+            "files": dict(w.files),
+            "notes": w.notes,
+            "snapshots": {name: dict(files) for name, files in w.snapshots.items()},
+            "history": [list(entry) for entry in self.history],
+        }
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Bring workspace and history back to a checkpoint of this episode. Raises `ActionError` otherwise."""
+        if checkpoint.get("episode") != self.episode.id:
+            raise ActionError(f"the checkpoint is of episode {checkpoint.get('episode')}, this is {self.episode.id}")
+        w = self.workspace
+        w.files, w.notes = dict(checkpoint["files"]), checkpoint["notes"]
+        w.snapshots = {name: dict(files) for name, files in checkpoint["snapshots"].items()}
+        self.history = [(name, text) for name, text in checkpoint["history"]]
+        self.episode.ledger.append("restore", snapshot=w.snapshot)
+
+    def fork(self) -> Speedrun:
+        """Another environment on the same episode: its own workspace and history, shared meters,
+        submissions, verdicts and best score. Closing a fork leaves the episode alone."""
+        twin = Speedrun(self.tier.folder, backend=self._backend, render_mode=self.render_mode)
+        twin._owned, twin._episode, twin._defaults = False, self.episode, self._defaults
+        twin._state_dir = self._state_dir
+        twin.workspace = Workspace(
+            {SOURCE: self.tier.record(self.episode.start).source}, self.workspace.frozen, self.workspace.max_bytes
+        )
+        self.episode.ledger.append("fork", snapshot=self.workspace.snapshot)
+        twin.restore(self.checkpoint())
+        return twin
+
+    # --- actions ---
+
+    def _perform(self, raw: Any) -> tuple[Outcome, str]:
+        name = "malformed"
+        try:
+            action = act.parse_action(raw)
+            name = action.type
+            return self._dispatch(action), name
+        except (ActionError, BudgetError) as error:
+            return Outcome(f"refused: {error}", extra={"error": type(error).__name__}), name
+        except BackendError as error:
+            text = f"our side failed, nothing was charged: {error}"
+            return Outcome(text, extra={"error": "BackendError"}), name
+
+    def _dispatch(self, action: act.Action) -> Outcome:
+        w = self.workspace
+        match action:
+            case act.ReadFile(path=path):
+                return Outcome(w.read(path))
+            case act.WriteFile(path=path, text=text):
+                w.write(path, text)
+                return Outcome(f"wrote {path}, snapshot {w.snapshot[:12]}")
+            case act.EditFile(path=path, old=old, new=new):
+                w.edit(path, old, new)
+                return Outcome(f"edited {path}, snapshot {w.snapshot[:12]}")
+            case act.ApplyPatch(patch=patch):
+                changed = w.patch(patch)
+                return Outcome(f"patched {', '.join(changed)}, snapshot {w.snapshot[:12]}")
+            case act.Revert(snapshot=snapshot):
+                return Outcome(f"back at snapshot {w.revert(snapshot)[:12]}")
+            case act.Note(text=text):
+                w.note(text)
+                return Outcome("noted")
+            case act.Run():
+                return self._run(action)
+            case act.Poll(handle=handle):
+                return self._run_outcome(self._find(handle))
+            case act.Cancel(handle=handle):
+                run = self._find(handle)
+                self.episode.cancel(run)
+                return self._run_outcome(run)
+            case act.Submit():
+                return self._submit(action)
+            case act.Stop():
+                return Outcome(report.state_text(self.episode))
+
+    def _run(self, action: act.Run) -> Outcome:
+        source = self.workspace.files[SOURCE]
+        horizon = action.horizon or action.steps or self.tier.record(self.episode.start).horizon
+        steps = action.steps or horizon
+        snapshot = self.workspace.keep()
+        run = self.episode.start_run(source, snapshot, horizon, steps, action.seed)
+        if action.wait:
+            self.episode.wait(run, self.on_progress)
+        return self._run_outcome(run)
+
+    def _run_outcome(self, run: AgentRun) -> Outcome:
+        text = report.run_text(run, self.tier.table.data.public)
+        return Outcome(text, extra={"run": self._run_info(run)})
+
+    def _run_info(self, run: AgentRun) -> dict[str, Any]:
+        info: dict[str, Any] = {"handle": run.handle, "done": run.result is not None or bool(run.error)}
+        if run.result:
+            info |= run.result.model_dump()
+        return info
+
+    def _find(self, handle: str) -> AgentRun:
+        if handle not in self.episode.runs:
+            raise ActionError(f"no run {handle!r}; there are {', '.join(self.episode.runs) or 'none yet'}")
+        return self.episode.runs[handle]
+
+    def _submit(self, action: act.Submit) -> Outcome:
+        source, episode = self.workspace.files[SOURCE], self.episode
+        episode.judge(source)
+        horizon = action.horizon or episode.last_horizon(source) or action.claim
+        if horizon is None:
+            raise ActionError("give a claim or a horizon, or complete a run of this program first")
+        claim = action.claim
+        advice = ""
+        if claim is None:
+            chosen = episode.advice(source, horizon)
+            if chosen.claim is None:
+                raise ActionError(f"no claim was given and none can be made: {chosen.text}")
+            claim, advice = chosen.claim, chosen.text + "\n"
+        snapshot = self.workspace.keep()
+        verdict, reward = episode.submit(source, snapshot, claim, horizon, self.on_rerun, self.on_progress)
+        text = advice + report.verdict_text(verdict, reward, episode)
+        return Outcome(text, reward, extra={"verdict": verdict.model_dump()})
+
+    # --- observations ---
+
+    def _observation(self, text: str) -> Observation:
+        e = self.episode
+        completed = [r.result for r in e.runs.values() if r.result and r.result.completed]
+        val_loss, train_loss = report.last_losses(completed, self.tier.table.data.public)
+        scores = [
+            e.recovered,
+            e.best / e.start_steps,
+            val_loss,
+            train_loss,
+            float(bool(e.verdicts) and e.verdicts[-1].accepted),
+            float(len(e.verdicts)),
+        ]
+        left = [e.budget.left(m) / e.budget.limits[m] for m in METERS]
+        spaces = self.observation_space
+        assert isinstance(spaces, gymnasium.spaces.Dict)
+        return {
+            "text": text[:MAX_TEXT],
+            "scores": box(scores, spaces["scores"]),
+            "budget": box(left, spaces["budget"]),
+        }
+
+    def _info(self, extra: Mapping[str, Any] | None = None) -> Info:
+        e = self.episode
+        return {
+            "episode": e.id,
+            "ledger": str(e.ledger.path),
+            "snapshot": self.workspace.snapshot,
+            "best_steps": e.best,
+            "recovered": e.recovered,
+            "budget": e.budget.status(),
+            "verification_device_seconds": e.budget.verification_device_seconds,
+            "running": [r.handle for r in e.active],
+            **(extra or {}),
+        }
+
+    def _render_human(self, text: str) -> None:
+        if self.render_mode == "human":
+            print(f"{text}\n{report.state_text(self.episode)}\n")
+
+    # --- options ---
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        unknown = set(options) - set(self._defaults)
+        if unknown:
+            raise ActionError(f"unknown options {', '.join(sorted(unknown))}; there are {', '.join(self._defaults)}")
+        return {**self._defaults, **options}
+
+    def _limits(self, override: Mapping[str, float]) -> dict[str, float]:
+        """The tier's allowances with overrides. More submissions than the tier's would spend more than
+        its alpha, so that meter can only be lowered."""
+        limits: dict[str, float] = self.tier.table.budget.model_dump()
+        unknown = set(override) - set(limits)
+        if unknown:
+            raise ActionError(f"unknown meters {', '.join(sorted(unknown))}; there are {', '.join(limits)}")
+        for meter, value in override.items():
+            if not (np.isfinite(value) and value > 0):
+                raise ActionError(f"budget {meter} must be positive and finite, got {value}")
+        if override.get("submissions", 0) > limits["submissions"]:
+            raise ActionError(
+                f"submissions can be lowered but not raised above the tier's {limits['submissions']}: "
+                "its error level is spent over them"
+            )
+        return limits | {m: float(v) for m, v in override.items()}

@@ -1,0 +1,274 @@
+"""One episode's account: budget, runs, verdicts, best score, ledger. Shared by an environment and its forks,
+so that neither a restore nor a fork gives anything back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanogpt_env import scoring
+from nanogpt_env.backends import Backend, RunHandle
+from nanogpt_env.budget import RUN_METERS, Budget, Reservation
+from nanogpt_env.claims import ClaimAdvice, advise
+from nanogpt_env.errors import ActionError, BackendError, BudgetError
+from nanogpt_env.judging.static import judge_source
+from nanogpt_env.ledger import VERSION, Ledger
+from nanogpt_env.tiers import Tier
+from nanogpt_env.types import Rerun, RunResult, Verdict
+from nanogpt_env.verify import OnProgress, Submission, verify
+from nanogpt_env.workspace import normal_form
+
+SOURCE = "optimizer.py"
+MIN_RUN_SECONDS = 1.0
+POLL_S = 0.2
+
+
+@dataclass
+class AgentRun:
+    """A run the agent asked for."""
+
+    handle: str
+    program: str
+    """normal form of the source"""
+    snapshot: str
+    steps: int
+    horizon: int
+    seed: str
+    process: RunHandle
+    reservation: Reservation
+    result: RunResult | None = None
+    error: str = ""
+    """set instead of `result` when our side failed; the run is then not charged"""
+
+
+class Episode:
+    """Created by `reset`. `folder` takes the ledger and the sealed evidence."""
+
+    def __init__(self, tier: Tier, start: str, anchor: str, budget: Budget, backend: Backend, folder: Path) -> None:
+        self.tier, self.start, self.anchor, self.budget, self.backend = tier, start, anchor, budget, backend
+        self.id = secrets.token_hex(8)
+        self.folder = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{tier.name}-{self.id}"
+        self.start_steps, self.anchor_steps = tier.value_of(start), tier.value_of(anchor)
+        if not self.start_steps > self.anchor_steps:
+            raise ActionError(f"start record {start} ({self.start_steps:g} steps) must be slower than anchor {anchor}")
+        self.best: float = self.start_steps
+        self.best_submission = ""
+        self.runs: dict[str, AgentRun] = {}
+        self.verdicts: list[Verdict] = []
+        self.over = ""
+        self._by_program: dict[tuple[str, int, int], Verdict] = {}
+        self.ledger = Ledger(self.folder / "ledger.jsonl")
+        test = tier.test()
+        self.ledger.append(
+            "episode",
+            version=VERSION,
+            episode=self.id,
+            tier=tier.name,
+            fingerprint=tier.fingerprint(),
+            track=tier.table.track,
+            start={"record": start, "value": self.start_steps},
+            anchor={"record": anchor, "value": self.anchor_steps},
+            reward_form=tier.table.reward.form,
+            test=vars(test),
+            budget=budget.limits,
+            time=time.time(),
+        )
+
+    # --- scores ---
+
+    @property
+    def recovered(self) -> float:
+        return scoring.recovered(self.start_steps, self.anchor_steps, self.best)
+
+    def _share(self, steps: float) -> float:
+        return scoring.share(self.tier.table.reward.form, self.start_steps, self.anchor_steps, steps)
+
+    @property
+    def active(self) -> list[AgentRun]:
+        return [r for r in self.runs.values() if r.result is None and not r.error]
+
+    # --- runs ---
+
+    def start_run(self, source: str, snapshot: str, horizon: int, steps: int, seed: int | None) -> AgentRun:
+        """Judge, reserve, start. Raises `ActionError`, `BudgetError` or `BackendError`; nothing is charged then."""
+        self._check_program(source, steps, horizon)
+        if len(self.active) >= self.tier.table.verification.slots:
+            raise ActionError(f"all {self.tier.table.verification.slots} slot(s) are in use; poll or cancel a run")
+        seconds = min(self.tier.table.limits.deadline_s, self.budget.left("device_seconds"))
+        if seconds < MIN_RUN_SECONDS:
+            raise BudgetError("device_seconds: spent; you can still submit")
+        run_seed = secrets.token_hex(16) if seed is None else f"agent/{seed}"
+        job = self.tier.job(source, steps, horizon, run_seed, (self.tier.table.data.public,))
+        job = job.model_copy(update={"limits": job.limits.model_copy(update={"deadline_s": seconds})})
+        amounts = {
+            "device_seconds": seconds,
+            "flops": float(steps * self.tier.flops_per_step()),
+            "tokens": float(steps * self.tier.tokens_per_step()),
+            "runs": 1.0,
+        }
+        reservation = self.budget.reserve(amounts)
+        handle = f"run-{len(self.runs) + 1}"
+        self.ledger.append("reserve", handle=handle, amounts=amounts)
+        try:
+            process = self.backend.start(job)
+        except BaseException:
+            self._settle(handle, reservation, {})
+            raise
+        run = AgentRun(handle, normal_form(source), snapshot, steps, horizon, run_seed, process, reservation)
+        self.runs[handle] = run
+        return run
+
+    def wait(self, run: AgentRun, on_progress: OnProgress) -> None:
+        """Wait for a run. Interrupted (Ctrl-C), it cancels and charges the run before it gives way."""
+        try:
+            while not run.process.done():
+                on_progress(0, run.process)
+                with contextlib.suppress(TimeoutError, BackendError):
+                    run.process.result(POLL_S)
+        except BaseException:
+            self.cancel(run)
+            raise
+        self.collect()
+
+    def cancel(self, run: AgentRun) -> None:
+        run.process.cancel()
+        with contextlib.suppress(BackendError):
+            run.process.result()
+        self.collect()
+
+    def collect(self) -> None:
+        """Settle every run that has ended."""
+        for run in self.active:
+            if run.process.done():
+                self._finish(run)
+
+    def _finish(self, run: AgentRun) -> None:
+        try:
+            run.result = run.process.result()
+        except BackendError as error:  # our failure: the agent is not charged
+            run.error = str(error)
+            self._settle(run.handle, run.reservation, {})
+            self.ledger.append("run", handle=run.handle, error=run.error)
+            return
+        r = run.result
+        used = {"device_seconds": r.device_seconds, "flops": r.flops, "tokens": r.tokens, "runs": 1.0}
+        self._settle(run.handle, run.reservation, used)
+        fields = r.model_dump(exclude={"log", "train_losses"})
+        self.ledger.append("run", handle=run.handle, snapshot=run.snapshot, horizon=run.horizon, **fields)
+
+    def _settle(self, handle: str, reservation: Reservation, used: dict[str, float]) -> None:
+        self.budget.settle(reservation, used)
+        self.ledger.append("charge", handle=handle, used=used, spent={m: self.budget.spent(m) for m in RUN_METERS})
+
+    def judge(self, source: str) -> None:
+        """Raises `ActionError` with the static judge's reasons."""
+        reasons = judge_source(source)
+        if reasons:
+            raise ActionError("the static judge refuses optimizer.py:\n" + "\n".join(f"- {r}" for r in reasons[:20]))
+
+    def _check_program(self, source: str, steps: int, horizon: int) -> None:
+        self.judge(source)
+        most = self.tier.table.training.max_horizon
+        if not 1 <= steps <= horizon <= most:
+            raise ActionError(f"need 1 <= steps <= horizon <= {most}, got {steps} steps of horizon {horizon}")
+
+    # --- submissions ---
+
+    def advice(self, source: str, horizon: int) -> ClaimAdvice:
+        return advise(self.tier, self.completed_runs(normal_form(source), horizon))
+
+    def completed_runs(self, program: str, horizon: int | None) -> list[RunResult]:
+        """The agent's completed runs of a program, of any horizon if None."""
+        return [
+            r.result
+            for r in self.runs.values()
+            if r.program == program and r.result and r.result.completed and horizon in (None, r.horizon)
+        ]
+
+    def last_horizon(self, source: str) -> int | None:
+        program = normal_form(source)
+        horizons = [r.horizon for r in self.runs.values() if r.program == program and r.result and r.result.completed]
+        return horizons[-1] if horizons else None
+
+    def submit(
+        self,
+        source: str,
+        snapshot: str,
+        claim: int,
+        horizon: int,
+        on_rerun: Callable[[Rerun], None],
+        on_progress: OnProgress,
+    ) -> tuple[Verdict, float]:
+        """Verify and score: (verdict, reward). The same program with the same claim and horizon returns
+        the verdict it had. If our side fails nothing is charged and `BackendError` is raised."""
+        self._check_program(source, claim, horizon)
+        key = (normal_form(source), claim, horizon)
+        if key in self._by_program:
+            return self._by_program[key].model_copy(update={"cached": True}), 0.0
+        reservation = self.budget.reserve({"submissions": 1.0})
+        submission = Submission(f"submission-{len(self.verdicts) + 1}", snapshot, source, claim, horizon)
+        self.ledger.append("submit", submission=submission.id, snapshot=snapshot, claim=claim, horizon=horizon)
+
+        def record(rerun: Rerun) -> None:
+            fields = rerun.model_dump(include={"n", "exit_reason", "loss", "device_seconds"})
+            self.ledger.append("rerun", submission=submission.id, **fields)
+            on_rerun(rerun)
+
+        try:
+            verdict, evidence = verify(self.tier, self.backend, submission, record, on_progress)
+        except BaseException:
+            # undecided: neither charged nor cached. Ctrl-C ends here too, after the reruns were cancelled.
+            self._settle(submission.id, reservation, {})
+            self.ledger.append("void", submission=submission.id)
+            raise
+        self._settle(submission.id, reservation, {"submissions": 1.0})
+        self.budget.verification_device_seconds += verdict.device_seconds
+        seal(self.folder / "evidence" / f"{submission.id}.json", evidence.model_dump())
+        self.verdicts.append(verdict)
+        self._by_program[key] = verdict
+        self.ledger.append("verdict", **verdict.model_dump(exclude={"cached"}))
+        return verdict, self._reward(verdict)
+
+    def _reward(self, verdict: Verdict) -> float:
+        before = self.best
+        if verdict.accepted and verdict.claim < before:
+            self.best, self.best_submission = float(verdict.claim), verdict.submission
+        reward = self._share(self.best) - self._share(before)
+        self.ledger.append(
+            "reward",
+            submission=verdict.submission,
+            best=self.best,
+            reward=reward,
+            recovered=self.recovered,
+            recovered_log=scoring.recovered_log(self.start_steps, self.anchor_steps, self.best),
+        )
+        return reward
+
+    def end(self, reason: str) -> None:
+        """Cancel what runs, charge it, close the ledger. Safe to call twice."""
+        if self.over:
+            return
+        self.over = reason
+        for run in self.active:
+            run.process.cancel()
+        for run in self.active:
+            with contextlib.suppress(BackendError):
+                run.process.result()
+        self.collect()
+        self.ledger.append("end", reason=reason, best=self.best, recovered=self.recovered, budget=self.budget.status())
+        self.ledger.close()
+
+
+def seal(path: Path, content: dict[str, Any]) -> None:
+    """Write the evidence, readable by the operator only."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(fd, "w") as file:
+        json.dump(content, file, indent=1)

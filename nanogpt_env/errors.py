@@ -1,0 +1,37 @@
+"""What can go wrong, by whose fault.
+
+    NanoGPTError
+    ├── TierError      a tier's folder is missing, malformed or out of step with its calibration
+    ├── ActionError    the agent's action makes no sense; becomes an observation, never leaves `step`
+    ├── BudgetError    a meter cannot pay for it; becomes an observation too
+    ├── BackendError   our side failed (no torch, trainer died, disk full); never charged to the agent
+    └── LedgerError    a ledger cannot be read or written
+
+A candidate's own failure is no exception: it is a `RunResult` with an exit reason.
+"""
+
+from __future__ import annotations
+
+
+class NanoGPTError(Exception):
+    """Base of all errors raised by this package."""
+
+
+class TierError(NanoGPTError):
+    pass
+
+
+class ActionError(NanoGPTError):
+    pass
+
+
+class BudgetError(NanoGPTError):
+    pass
+
+
+class BackendError(NanoGPTError):
+    pass
+
+
+class LedgerError(NanoGPTError):
+    pass

@@ -1,0 +1,1 @@
+"""What machines can say about a candidate before it runs."""

@@ -1,0 +1,103 @@
+"""The static judge: syntax, imports, calls and literals of an update rule. Rules in judges/static."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import tomllib
+import zlib
+from collections.abc import Iterator
+from typing import Literal
+
+from nanogpt_env.content import content_root
+from nanogpt_env.types import Record
+
+
+class Rules(Record):
+    """`judges/static/judge.toml`."""
+
+    kind: Literal["static"]
+    imports: tuple[str, ...]
+    denied_imports: tuple[str, ...]
+    denied_calls: tuple[str, ...]
+    max_text_literal: int
+    max_row: int
+    max_digits: int
+    incompressible_from: int
+    incompressible_ratio: float
+
+
+@functools.cache
+def static_rules() -> Rules:
+    text = (content_root() / "judges" / "static" / "judge.toml").read_text(encoding="utf-8")
+    return Rules(**tomllib.loads(text))
+
+
+def judge_source(source: str, rules: Rules | None = None) -> list[str]:
+    """Reasons to refuse an optimizer.py, each with its line; empty if there are none. Runs no code."""
+    rules = rules or static_rules()
+    try:
+        # the grammar first: a warning about a literal is no reason to refuse
+        tree = ast.parse(source, "optimizer.py")
+        nodes = list(ast.walk(tree))
+    except SyntaxError as error:
+        return [f"line {error.lineno}: {error.msg}"]
+    except (ValueError, RecursionError, MemoryError) as error:
+        return [f"cannot be parsed: {error or type(error).__name__}"]
+    found = [f"line {getattr(n, 'lineno', 0)}: {reason}" for n in nodes for reason in _judge_node(n, rules)]
+    if not any(isinstance(n, ast.FunctionDef) and n.name == "configure" for n in tree.body):
+        found.append("optimizer.py must define configure(params, horizon)")
+    return found
+
+
+def _judge_node(node: ast.AST, rules: Rules) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield from _judge_import(alias.name, rules)
+    elif isinstance(node, ast.ImportFrom):
+        for alias in node.names:
+            yield from _judge_import(f"{node.module or '.'}.{alias.name}", rules)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id in rules.denied_calls:
+            yield f"an update rule may not call {node.func.id}"
+    elif isinstance(node, ast.Attribute):
+        dotted = _dotted(node)
+        if any(dotted == denied or dotted.startswith(denied + ".") for denied in rules.denied_imports):
+            yield f"an update rule may not use {dotted}"
+    elif isinstance(node, ast.Constant):
+        yield from _judge_constant(node.value, rules)
+    elif isinstance(node, (ast.List, ast.Tuple, ast.Set)) and len(node.elts) > rules.max_row:
+        yield f"a row of {len(node.elts)} elements; at most {rules.max_row}"
+    elif isinstance(node, ast.Dict) and len(node.keys) > rules.max_row:
+        yield f"a dict of {len(node.keys)} entries; at most {rules.max_row}"
+    name = getattr(node, "id", None) or getattr(node, "name", None) or getattr(node, "arg", None)
+    if isinstance(name, str) and not name.isascii():
+        yield f"identifiers must be ASCII: {name!a}"
+
+
+def _judge_import(name: str, rules: Rules) -> Iterator[str]:
+    allowed = any(name == m or name.startswith(m + ".") for m in rules.imports)
+    denied = any(name == m or name.startswith(m + ".") for m in rules.denied_imports)
+    if denied or not allowed:
+        yield f"may not import {name}; allowed: {', '.join(rules.imports)}"
+
+
+def _judge_constant(value: object, rules: Rules) -> Iterator[str]:
+    if isinstance(value, (str, bytes)):
+        data = value.encode("utf-8", "replace") if isinstance(value, str) else value
+        if len(data) > rules.max_text_literal:
+            yield f"a literal of {len(data)} bytes; at most {rules.max_text_literal}"
+        elif len(data) >= rules.incompressible_from:
+            ratio = len(zlib.compress(data, 9)) / len(data)
+            if ratio > rules.incompressible_ratio:
+                yield f"a literal that does not compress (to {ratio:.0%} of its {len(data)} bytes)"
+    elif isinstance(value, int) and abs(value) >= 10**rules.max_digits:
+        yield f"an integer of more than {rules.max_digits} digits"
+
+
+def _dotted(node: ast.Attribute) -> str:
+    parts, inner = [node.attr], node.value
+    while isinstance(inner, ast.Attribute):
+        parts.append(inner.attr)
+        inner = inner.value
+    return ".".join([inner.id, *reversed(parts)]) if isinstance(inner, ast.Name) else ""

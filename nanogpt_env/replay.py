@@ -1,0 +1,79 @@
+"""Recompute every verdict and reward of a ledger from its reruns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanogpt_env import scoring
+from nanogpt_env.errors import LedgerError
+from nanogpt_env.ledger import VERSION, read_ledger
+from nanogpt_env.stats import SequentialTest
+
+TOLERANCE = 1e-9
+
+
+@dataclass
+class Replay:
+    """What a ledger says, recomputed. `differences` is empty if it agrees with what was written."""
+
+    tier: str
+    best: float
+    recovered: float
+    total_reward: float
+    submissions: list[dict[str, Any]] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    recovered_line: str = ""
+
+
+def replay(path: Path) -> Replay:
+    """Raises `LedgerError` if the file is no ledger of this version, or damaged."""
+    lines, torn = read_ledger(path)
+    if not lines or lines[0]["kind"] != "episode" or lines[0].get("version") != VERSION:
+        raise LedgerError(f"{path} is not a version {VERSION} ledger: its first line must be an episode")
+    try:
+        return _replay(lines, torn)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LedgerError(f"{path}: a line lacks or garbles what it must have: {error!r}") from None
+
+
+def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
+    head = lines[0]
+    start, anchor, form = head["start"]["value"], head["anchor"]["value"], head["reward_form"]
+    test = SequentialTest(**head["test"])
+    out = Replay(head["tier"], best=start, recovered=0.0, total_reward=0.0, recovered_line=torn)
+    losses: dict[str, list[float]] = {}
+    for line in lines[1:]:
+        name = line.get("submission", "")
+        if line["kind"] == "submit":
+            losses[name] = []
+        elif line["kind"] == "rerun":
+            losses[name].append(math.inf if line["loss"] is None else line["loss"])
+        elif line["kind"] == "verdict":
+            decision = test.decide(losses[name])
+            if (decision.outcome == "accept") != line["accepted"]:
+                out.differences.append(f"{name}: recorded accepted={line['accepted']}, recomputed {decision.outcome}")
+            before = out.best
+            if decision.outcome == "accept":
+                out.best = min(out.best, float(line["claim"]))
+            reward = scoring.share(form, start, anchor, out.best) - scoring.share(form, start, anchor, before)
+            out.total_reward += reward
+            out.submissions.append(
+                {
+                    "submission": name,
+                    "claim": line["claim"],
+                    "horizon": line["horizon"],
+                    "accepted": decision.outcome == "accept",
+                    "n": decision.n,
+                    "reward": reward,
+                    "trusted": line["trusted"],
+                }
+            )
+        elif line["kind"] == "reward":
+            mine = out.submissions[-1]["reward"] if out.submissions else math.nan
+            if not abs(mine - line["reward"]) <= TOLERANCE:
+                out.differences.append(f"{name}: recorded reward {line['reward']}, recomputed {mine}")
+    out.recovered = scoring.recovered(start, anchor, out.best)
+    return out

@@ -1,0 +1,80 @@
+"""The text of observations and renderings."""
+
+from __future__ import annotations
+
+from nanogpt_env.episode import AgentRun, Episode
+from nanogpt_env.types import RunResult, Verdict
+
+LOG_CHARACTERS = 4000
+
+
+def run_text(run: AgentRun, shard: str) -> str:
+    """What the agent sees of one of its runs."""
+    if run.error:
+        return f"{run.handle}: not charged, the backend failed: {run.error}"
+    if run.result is None:
+        progress = run.process.progress()
+        where = f"step {progress.step} of {progress.steps}" if progress else "starting"
+        return f"{run.handle}: running, {where}"
+    r = run.result
+    lines = [f"{run.handle}: {r.exit_reason}, {r.steps} of {run.steps} steps, horizon {run.horizon}"]
+    if r.detail:
+        lines.append(f"  {r.detail}")
+    if r.val_losses:
+        lines.append(f"  val_loss: {r.val_losses[shard]:.4f} (public shard, nats per token)")
+    if r.val_points:
+        points = "  ".join(f"{step}: {loss:.4f}" for step, loss in r.val_points)
+        lines.append(f"  val_loss by step (small subset): {points}")
+    if r.train_losses:
+        lines.append(f"  train_loss: {r.train_losses[-1]:.4f}")
+    lines.append(
+        f"  tokens: {r.tokens:,}  flops: {r.flops:.3g}  device_seconds: {r.device_seconds:.1f}  "
+        f"rule_time: {r.rule_time_ratio:.2f} x forward + backward"
+    )
+    lines.append(f"  sandbox: {r.sandbox.name}" + ("" if r.sandbox.trusted else " (trusted: false)"))
+    if not r.sandbox.trusted and r.sandbox.note:
+        lines.append(f"  {r.sandbox.note}")
+    if r.log:
+        shown = r.log[-LOG_CHARACTERS:]
+        lines.append("  log of the candidate (untrusted):\n" + "\n".join("  | " + x for x in shown.splitlines()))
+    return "\n".join(lines)
+
+
+def verdict_text(verdict: Verdict, reward: float, episode: Episode) -> str:
+    loss = "" if verdict.coarse_loss is None else f", mean loss about {verdict.coarse_loss:.3f}"
+    cached = " This program, claim and horizon had their verdict before; nothing was rerun." if verdict.cached else ""
+    trust = "" if verdict.trusted else "\ntrusted: false (no sandbox; `nanogpt-env doctor` says how to get one)"
+    return (
+        f"{verdict.submission}: claim {verdict.claim} of horizon {verdict.horizon}: {verdict.reason}. "
+        f"{verdict.n} rerun(s){loss}, {verdict.device_seconds:.1f} device_seconds.{cached}{trust}\n"
+        f"reward {reward:+.4f}, recovered {episode.recovered:.4f}"
+    )
+
+
+def state_text(episode: Episode) -> str:
+    """Frontier, budget, last verdict: what `render` prints."""
+    e = episode
+    frontier = f"{e.best:g} steps ({e.best_submission or e.start})"
+    lines = [
+        f"{e.tier.name}: start {e.start} {e.start_steps:g} steps, anchor {e.anchor} {e.anchor_steps:g} steps, "
+        f"target {e.tier.table.training.target:g} nats",
+        f"frontier: {frontier}, recovered {e.recovered:.4f}",
+    ]
+    for meter, s in e.budget.status().items():
+        lines.append(f"  {meter}: {s['spent']:.4g} of {s['limit']:.4g} spent")
+    lines.append(f"  verification_device_seconds: {e.budget.verification_device_seconds:.1f}")
+    if e.active:
+        lines.append("running: " + ", ".join(r.handle for r in e.active))
+    if e.verdicts:
+        v = e.verdicts[-1]
+        lines.append(f"last verdict: {v.submission} claim {v.claim}: {v.reason} (n = {v.n})")
+    if e.over:
+        lines.append(f"over: {e.over}")
+    return "\n".join(lines)
+
+
+def last_losses(runs: list[RunResult], shard: str) -> tuple[float, float]:
+    """(validation, training) loss of the last completed run; zeros before one."""
+    if not runs:
+        return 0.0, 0.0
+    return runs[-1].val_losses[shard], runs[-1].train_losses[-1]

@@ -1,0 +1,160 @@
+"""Frozen records that pass between the parts. No I/O, no logic beyond named constructors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ExitReason = Literal[
+    "completed",
+    "rule_error",
+    "rule_exited",
+    "rule_memory",
+    "rule_protocol",
+    "rule_stalled",
+    "rule_too_slow",
+    "nonfinite_loss",
+    "deadline",
+    "cancelled",
+]
+
+
+class Record(BaseModel):
+    """Base: immutable, and a field that is not known is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SandboxInfo(Record):
+    name: str
+    version: str = ""
+    trusted: bool
+    note: str = ""
+
+
+class Limits(Record):
+    """Caps that the trainer holds a candidate to; see `gpu_backend/rule.py`."""
+
+    deadline_s: float = Field(gt=0)
+    """training must have ended this many seconds after the run started"""
+    setup_s: float = Field(gt=0)
+    """for loading optimizer.py, init, configure and the first step together"""
+    stall_s: float = Field(gt=0)
+    """longest wait for one step of the rule"""
+    rule_time: float = Field(gt=0)
+    """cap on the rule's CPU time as a multiple of forward + backward"""
+    memory_bytes: int = Field(gt=0)
+    """memory the candidate may take beyond that of a process with torch loaded"""
+
+
+class Job(Record):
+    """What a backend trains; the JSON that `gpu_backend/trainer.py` reads."""
+
+    source: str
+    model: dict[str, int]
+    corpus: str
+    cache: str
+    batch_size: int
+    steps: int
+    horizon: int
+    seed: str
+    limits: Limits
+    points: tuple[int, ...] = ()
+    point_tokens: int = 4096
+    train_shard: str = "train"
+    final_shards: tuple[str, ...] = ("val_public",)
+
+
+class RunResult(Record):
+    """One training run, as measured by the trainer. Losses are nats per token, times seconds.
+
+    `log` is the candidate's own output: bounded, cleaned, untrusted.
+    """
+
+    exit_reason: ExitReason
+    detail: str = ""
+    train_losses: tuple[float, ...] = ()
+    val_points: tuple[tuple[int, float], ...] = ()
+    """(step, loss) on a small part of the first final shard"""
+    val_losses: dict[str, float] = {}
+    """whole final shards, by name"""
+    steps: int = 0
+    tokens: int = 0
+    flops: int = 0
+    """computed from the model and the steps, forward and backward"""
+    device_seconds: float = 0.0
+    train_seconds: float = 0.0
+    rule_time_ratio: float = 0.0
+    """the rule's CPU time over that of forward + backward"""
+    trainer_peak_bytes: int = 0
+    rule_peak_bytes: int = 0
+    log: str = ""
+    sandbox: SandboxInfo
+    versions: dict[str, str] = {}
+    hardware: dict[str, Any] = {}
+
+    @property
+    def completed(self) -> bool:
+        return self.exit_reason == "completed"
+
+
+class Progress(Record):
+    """Where a run is."""
+
+    step: int
+    steps: int
+    train_loss: float | None = None
+    evaluating: bool = False
+
+
+class Verdict(Record):
+    """What the agent sees of a verification."""
+
+    accepted: bool
+    claim: int
+    """steps that the submission claimed to need"""
+    horizon: int
+    n: int
+    """reruns that the decision rests on"""
+    reason: str
+    coarse_loss: float | None
+    """mean validation loss of those reruns, rounded to 0.005 nat; None if a rerun did not finish"""
+    device_seconds: float
+    trusted: bool
+    submission: str
+    cached: bool = False
+    """true if this is the earlier verdict on the same program, claim and horizon"""
+
+
+class Rerun(Record):
+    """One verification run in the evidence."""
+
+    n: int
+    seed: str
+    exit_reason: ExitReason
+    detail: str = ""
+    loss: float | None
+    """on the hidden shard"""
+    device_seconds: float
+    statistic: float | None = None
+    threshold: float | None = None
+    """what the statistic had to reach at this look; None where the test could not accept yet"""
+
+
+class Evidence(Record):
+    """Everything a verdict rests on. Kept by the operator, never shown to the agent."""
+
+    submission: str
+    tier: str
+    snapshot: str
+    source: str
+    claim: int
+    horizon: int
+    test: dict[str, float]
+    reruns: tuple[Rerun, ...]
+    accepted: bool
+    reason: str
+    sandbox: SandboxInfo
+    versions: dict[str, str]
+    hardware: dict[str, Any]

@@ -1,0 +1,153 @@
+"""The files an agent edits. They live in memory; nothing here runs code or touches a disk."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Mapping
+
+from nanogpt_env.errors import ActionError
+
+NOTES = "notes.md"
+NOTES_BYTES = 1 << 18
+# Unicode's control, format and line-separator characters but tab and newline: they let a text read
+# differently from how it runs.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u180e\u200b-\u200f"
+    "\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def snapshot_hash(files: Mapping[str, str]) -> str:
+    """Content hash of the editable files: 64 hex digits."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        text = files[name].encode()
+        digest.update(f"{name}\0{len(text)}\0".encode() + text)
+    return digest.hexdigest()
+
+
+def normal_form(source: str) -> str:
+    """Hash of a program without comments, layout and docstrings: equal for equal programs."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            body = node.body
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+class Workspace:
+    """`editable` files under edit, `frozen` ones to read, and notes. Every change is checked first and
+    raises `ActionError` without effect if it cannot be done."""
+
+    def __init__(self, editable: Mapping[str, str], frozen: Mapping[str, str], max_bytes: int) -> None:
+        self.files, self.frozen, self.max_bytes = dict(editable), dict(frozen), max_bytes
+        self.notes = ""
+        self.snapshots: dict[str, dict[str, str]] = {}
+        self.start = self.keep()
+
+    @property
+    def snapshot(self) -> str:
+        return snapshot_hash(self.files)
+
+    def keep(self) -> str:
+        """Remember the present files, so that `revert` can bring them back. Returns the snapshot."""
+        name = self.snapshot
+        self.snapshots.setdefault(name, dict(self.files))
+        return name
+
+    def read(self, path: str) -> str:
+        if not path:
+            return "\n".join(sorted({*self.files, *self.frozen, NOTES}))
+        if path == NOTES:
+            return self.notes
+        if path in self.files:
+            return self.files[path]
+        if path in self.frozen:
+            return self.frozen[path]
+        raise ActionError(f"no file {path!r}; there are {', '.join([*self.files, *self.frozen, NOTES])}")
+
+    def write(self, path: str, text: str) -> None:
+        self._editable(path)
+        self.files[path] = self._checked(path, text)
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        self._editable(path)
+        found = self.files[path].count(old) if old else 0
+        if found != 1:
+            raise ActionError(
+                f"`old` must occur exactly once in {path}, it occurs {found} times"
+                + ("; give more of the lines around it" if found else "")
+            )
+        self.files[path] = self._checked(path, self.files[path].replace(old, new))
+
+    def patch(self, text: str) -> list[str]:
+        """Apply a unified diff and return the changed paths. All hunks fit exactly or nothing changes."""
+        from unidiff.errors import UnidiffParseError
+        from unidiff.patch import PatchSet
+
+        try:
+            parsed = PatchSet(text)
+        except UnidiffParseError as error:
+            raise ActionError(f"not a unified diff: {error}") from None
+        if not parsed:
+            raise ActionError("the patch changes no file; a unified diff begins with --- and +++ lines")
+        changed: dict[str, str] = {}
+        for part in parsed:
+            if part.is_added_file or part.is_removed_file or part.is_rename:
+                raise ActionError("a patch may change files but not add, remove or rename them")
+            self._editable(part.path)
+            changed[part.path] = self._checked(part.path, _apply(part, self.files[part.path]))
+        self.files |= changed
+        return list(changed)
+
+    def revert(self, snapshot: str) -> str:
+        """Bring a kept snapshot back, named by its hash or a beginning of it; '' is the start."""
+        names = [n for n in self.snapshots if n.startswith(snapshot)] if snapshot else [self.start]
+        if len(names) != 1:
+            raise ActionError(f"{len(names)} snapshots begin with {snapshot!r}; runs and submissions keep one each")
+        self.files = dict(self.snapshots[names[0]])
+        return names[0]
+
+    def note(self, text: str) -> None:
+        if len(self.notes) + len(text) > NOTES_BYTES:
+            raise ActionError(f"notes are limited to {NOTES_BYTES} characters")
+        self.notes += text if text.endswith("\n") else text + "\n"
+
+    def _editable(self, path: str) -> None:
+        if path in self.frozen:
+            raise ActionError(f"{path} is frozen")
+        if path not in self.files:
+            raise ActionError(f"only {', '.join(self.files)} can be edited, not {path!r}")
+
+    def _checked(self, path: str, text: str) -> str:
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise ActionError(f"{path} must be valid Unicode text") from None
+        if size > self.max_bytes:
+            raise ActionError(f"{path} may have {self.max_bytes} bytes, this has {size}")
+        if bad := _INVISIBLE.search(text):
+            line = text.count("\n", 0, bad.start()) + 1
+            raise ActionError(f"{path} line {line}: control or invisible character U+{ord(bad[0]):04X}")
+        return text
+
+
+def _apply(part: object, text: str) -> str:
+    """One file's hunks, each of which must match the lines at the place it names."""
+    lines, result, position = text.splitlines(keepends=True), [], 0
+    for hunk in part:  # type: ignore[attr-defined]  # unidiff has no types
+        start = max(hunk.source_start - 1, 0)
+        expected = [line.value for line in hunk if not line.is_added and line.line_type in " -"]
+        if start < position or lines[start : start + len(expected)] != expected:
+            raise ActionError(
+                f"the hunk at line {hunk.source_start} does not fit {part.path}; "  # type: ignore[attr-defined]
+                "read the file again, or use edit_file"
+            )
+        result += lines[position:start]
+        result += [line.value for line in hunk if not line.is_removed and line.line_type in " +"]
+        position = start + len(expected)
+    return "".join(result + lines[position:])
