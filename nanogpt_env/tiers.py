@@ -177,7 +177,7 @@ class Tier(BaseModel):
     @property
     def measured(self) -> Calibration:
         if self.calibration is None:
-            raise TierError(f"tier {self.name} is not calibrated: run `nanogpt-env tiers calibrate {self.folder}`")
+            raise TierError(f"tier {self.name} was loaded without its calibration")
         return self.calibration
 
     def value_of(self, record: str) -> float:
@@ -305,7 +305,7 @@ def load_tier(name_or_path: str | Path, *, calibrated: bool = True) -> Tier:
             table=table,
             records=records,
             task=_read(folder / "task.md"),
-            calibration=_load_calibration(folder) if calibrated else None,
+            calibration=load_calibration(folder) if calibrated else None,
         )
         tier.record(table.reward.start)
         tier.record(table.reward.anchor)
@@ -332,9 +332,15 @@ def _load_records(folder: Path) -> dict[str, HumanRecord]:
     return {r.name: r for r in sorted(records, key=lambda r: (r.order, r.name))}
 
 
-def _load_calibration(folder: Path) -> Calibration | None:
+def load_calibration(folder: Path) -> Calibration:
+    """Read `calibration.json`. Raises `TierError` if it is missing or malformed."""
     path = folder / CALIBRATION
-    return Calibration(**json.loads(_read(path))) if path.exists() else None
+    if not path.exists():
+        raise TierError(f"{folder} is not calibrated: run `nanogpt-env tiers calibrate {folder}`")
+    try:
+        return Calibration(**json.loads(_read(path)))
+    except ValueError as error:
+        raise TierError(f"{path}: {error}") from None
 
 
 def _check_calibration(tier: Tier) -> None:

@@ -1,0 +1,84 @@
+"""Agents that need no model. `play` runs one against an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from nanogpt_env.actions import Action, ReadFile, Run, Stop, Submit, WriteFile
+from nanogpt_env.env import Speedrun
+from nanogpt_env.episode import SOURCE
+from nanogpt_env.tiers import Tier
+
+OVERCLAIM = 0.85
+
+
+class Agent(Protocol):
+    """Sees an observation and info, answers with an action (a model, a dict or JSON text)."""
+
+    def act(self, observation: dict[str, Any], info: dict[str, Any]) -> Any: ...
+
+
+class LadderAgent:
+    """Climbs the tier's own ladder of human techniques by ordinary actions: the start record, a middle one,
+    the anchor. On the way it claims too much once, which verification must refuse."""
+
+    def __init__(self, tier: Tier) -> None:
+        self._script = self._actions(tier)
+
+    def act(self, observation: dict[str, Any], info: dict[str, Any]) -> Action:
+        return next(self._script, Stop())
+
+    @staticmethod
+    def _actions(tier: Tier) -> Iterator[Action]:
+        names = list(tier.records)
+        start, anchor = (names.index(n) for n in (tier.table.reward.start, tier.table.reward.anchor))
+        yield ReadFile(path="task.md")
+        for name in dict.fromkeys((names[(start + anchor) // 2], names[anchor])):
+            record, measured = tier.records[name], tier.measured.records[name]
+            yield WriteFile(path=SOURCE, text=record.source)
+            yield Run(horizon=record.horizon)
+            if name == names[anchor]:
+                yield Submit(claim=round(OVERCLAIM * measured.steps_mean), horizon=record.horizon)
+            yield Submit(claim=measured.claim, horizon=record.horizon)
+        yield Stop()
+
+
+AGENTS: dict[str, Callable[[Tier], Agent]] = {"ladder": LadderAgent}
+
+
+@dataclass
+class Played:
+    """What happened in an episode."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """per action: type, text, reward"""
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    """`info["run"]` of every finished run"""
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_reward(self) -> float:
+        return float(sum(step["reward"] for step in self.steps))
+
+
+def play(env: Speedrun, agent: Agent, on_step: Callable[[str, str, float], None] = lambda *_: None) -> Played:
+    """One episode from `reset` to its end. `on_step(name, text, reward)` is called after each action."""
+    played = Played()
+    observation, info = env.reset()
+    over = False
+    while not over:
+        action = agent.act(observation, info)
+        observation, reward, terminated, truncated, info = env.step(action)
+        over = terminated or truncated
+        name = env.history[-1][0]
+        played.steps.append({"type": name, "text": observation["text"], "reward": reward})
+        if info.get("run", {}).get("done"):
+            played.runs.append({"snapshot": info["snapshot"], **info["run"]})
+        if "verdict" in info:
+            played.verdicts.append(info["verdict"])
+        on_step(name, observation["text"], reward)
+    played.info = info
+    return played

@@ -1,0 +1,431 @@
+"""The command `nanogpt-env`: thin, on top of everything. Exit codes: 0 done or accepted, 1 rejected, 2 misuse
+or broken input, 3 our side failed, 130 interrupted."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.table import Table
+
+from nanogpt_env import content, display
+from nanogpt_env.actions import Run, Submit, WriteFile
+from nanogpt_env.display import console, errors
+from nanogpt_env.env import Speedrun, StepResult
+from nanogpt_env.episode import SOURCE
+from nanogpt_env.errors import BackendError, NanoGPTError, TierError
+from nanogpt_env.tiers import CALIBRATION, Tier, load_calibration, load_tier, tier_folders
+
+REJECTED, MISUSE, OURS, INTERRUPTED = 1, 2, 3, 130
+SCOUT_RUNS = 5
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="The NanoGPT speedrun as a Gymnasium environment. Try: nanogpt-env play --tier nano-steps --agent ladder",
+)
+tiers_app = typer.Typer(no_args_is_help=True, help="List, show and calibrate tiers.")
+app.add_typer(tiers_app, name="tiers")
+
+TierOption = Annotated[str, typer.Option("--tier", help="Name of a tier (see `tiers list`) or path of its folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+SandboxOption = Annotated[
+    str, typer.Option(help="auto, bubblewrap, or plain (not isolated: results are `trusted: false`).")
+]
+DirArgument = Annotated[Path, typer.Argument(help="Folder with an optimizer.py.", show_default=False)]
+
+
+def main() -> NoReturn:
+    """Entry point: turns errors into a message and an exit code; Ctrl-C and SIGTERM leave nothing running."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        errors.print("interrupted; nothing is left running")
+        code = INTERRUPTED
+    except BackendError as error:
+        code = _fail(error, OURS)
+    except (NanoGPTError, OSError) as error:
+        code = _fail(error, MISUSE)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not one of click's usage errors
+            raise
+        code = _fail(error.format_message(), MISUSE)
+    sys.exit(code or 0)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(error: object, code: int) -> int:
+    errors.print(f"nanogpt-env: {error}", markup=False, soft_wrap=True)
+    return code
+
+
+def _print_json(content: object) -> None:
+    print(json.dumps(content, indent=1, default=str))
+
+
+@contextmanager
+def _environment(tier: str, sandbox: str, state_dir: Path | None = None) -> Iterator[Speedrun]:
+    env = Speedrun(tier, sandbox=sandbox, state_dir=state_dir)
+    try:
+        with display.watch(env):
+            yield env
+    finally:
+        env.close()
+
+
+def _load(env: Speedrun, folder: Path) -> None:
+    """Put the folder's optimizer.py into the workspace of a fresh episode."""
+    path = folder / SOURCE
+    if not path.is_file():
+        raise typer.BadParameter(f"{folder} has no {SOURCE}; `nanogpt-env new {folder}` makes one")
+    others = sorted(p.name for p in folder.glob("*.py") if p.name != SOURCE)
+    if others:
+        errors.print(f"only {SOURCE} is part of a candidate; not used: {', '.join(others)}")
+    env.reset()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} is not UTF-8 text: {error}") from None
+    _step(env, WriteFile(path=SOURCE, text=text))
+
+
+def _step(env: Speedrun, action: Any) -> StepResult:
+    """A step whose refusal is the user's mistake."""
+    result = env.step(action)
+    if kind := result[4].get("error"):
+        if kind == "BackendError":
+            raise BackendError(result[0]["text"])
+        raise typer.BadParameter(result[0]["text"])
+    return result
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> int:
+    """Say what this machine can do, and how to get more."""
+    from nanogpt_env.backends.local import sandbox_report
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "nanogpt_env": importlib.metadata.version("nanogpt_env"),
+        "torch": _version("torch"),
+        "cores": os.cpu_count(),
+        "cache": str(content.cache_dir()),
+        "state": str(content.state_dir()),
+        "sandboxes": sandbox_report(),
+        "tiers": list(tier_folders()),
+    }
+    advice = []
+    if not found["torch"]:
+        advice.append("install PyTorch for your CPU or GPU (README, 'Install'): without it nothing trains")
+    if found["sandboxes"]["auto"] == "plain":
+        advice.append(f"bubblewrap: {found['sandboxes']['bubblewrap']['reason']}")
+        advice.append(found["sandboxes"]["plain"]["reason"])
+    found["advice"] = advice
+    if as_json:
+        _print_json(found)
+    else:
+        table = Table(show_header=False)
+        for key in ("python", "nanogpt_env", "torch", "cores", "cache", "state"):
+            table.add_row(key, str(found[key] or "missing"))
+        table.add_row("tiers", ", ".join(found["tiers"]))
+        for name in ("bubblewrap", "plain"):
+            box = found["sandboxes"][name]
+            state = ("available" if box["available"] else "not available") + (
+                ", trusted" if box["trusted"] else ", trusted: false"
+            )
+            table.add_row(f"sandbox {name}", state)
+        table.add_row("sandbox auto", found["sandboxes"]["auto"])
+        console.print(table)
+        for line in advice:
+            console.print(f"- {line}", markup=False)
+    return REJECTED if not found["torch"] else 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@tiers_app.command("list")
+def tiers_list(as_json: JsonOption = False) -> int:
+    """The tiers that have a name here."""
+    rows, unusable = [], []
+    for folder in tier_folders().values():
+        try:
+            rows.append(_tier_row(load_tier(folder)))
+        except TierError as error:
+            unusable.append(str(error))
+    for reason in unusable:
+        errors.print(f"not usable: {reason}", markup=False, soft_wrap=True)
+    if as_json:
+        _print_json(rows)
+        return 0
+    table = Table("tier", "start -> anchor (steps)", "FLOPs of a start run", "summary")
+    for row in rows:
+        steps = f"{row['start']['value']:g} -> {row['anchor']['value']:g}"
+        table.add_row(row["tier"], steps, f"{row['start_flops']:.1e}", row["summary"])
+    console.print(table)
+    return 0
+
+
+def _tier_row(tier: Tier) -> dict[str, Any]:
+    start, anchor = tier.table.reward.start, tier.table.reward.anchor
+    return {
+        "tier": tier.name,
+        "summary": tier.table.summary,
+        "start": {"record": start, "value": tier.value_of(start)},
+        "anchor": {"record": anchor, "value": tier.value_of(anchor)},
+        "start_flops": tier.value_of(start) * tier.flops_per_step(),
+    }
+
+
+@tiers_app.command("show")
+def tiers_show(tier: Annotated[str, typer.Argument(help="Name or path.")], as_json: JsonOption = False) -> int:
+    """A tier's settings, ladder and calibration."""
+    loaded = load_tier(tier)
+    c = loaded.measured
+    if as_json:
+        calibration = c.model_dump(exclude={"evidence"})
+        _print_json({**_tier_row(loaded), "settings": loaded.table.model_dump(), "calibration": calibration})
+        return 0
+    console.print(f"{loaded.name}: {loaded.table.summary}\n{loaded.folder}", markup=False)
+    table = Table("record", "technique", "steps to target", "value", "horizon")
+    for name, record in loaded.records.items():
+        m = c.records[name]
+        value = f"{m.value:g} ± {m.value_error:g} (n = {m.value_n})" if m.value else ""
+        steps = f"{m.steps_mean:.1f}, sd {m.steps_sd:.1f} (n = {m.steps_n})"
+        table.add_row(name, record.technique, steps, value, str(record.horizon))
+    console.print(table)
+    t = loaded.table
+    console.print(
+        f"target {t.training.target:g} nats, sigma {c.sigma:.4f}, level {loaded.level():g} per submission, "
+        f"boundary {c.boundary:g}, public - hidden {c.shard_offset:+.4f} ± {c.shard_offset_error:.4f}"
+    )
+    return 0
+
+
+@tiers_app.command("calibrate")
+def tiers_calibrate(
+    tier: Annotated[str, typer.Argument(help="Name or path.")],
+    seeds: Annotated[int, typer.Option(min=3, help="Fresh seeds per record of the ladder.")] = 5,
+    reruns: Annotated[int, typer.Option(min=5, help="Reruns that value start and anchor.")] = 20,
+    value: Annotated[list[str] | None, typer.Option(help="Value this record too; may be repeated.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time; each takes one core.")] = 1,
+    fresh: Annotated[bool, typer.Option(help="Forget the finished runs of an earlier calibration.")] = False,
+    boundary_only: Annotated[bool, typer.Option(help="Only recompute the test's boundary; trains nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print the calibration, write nothing.")] = False,
+    sandbox: SandboxOption = "auto",
+    as_json: JsonOption = False,
+) -> int:
+    """Measure a tier and write its calibration.json: ladder, values of start and anchor, sigma, boundary, power.
+
+    Interrupted, it continues where it stopped.
+    """
+    from nanogpt_env import calibrate
+    from nanogpt_env.backends.local import LocalBackend
+
+    loaded = load_tier(tier, calibrated=False)
+    path = loaded.folder / CALIBRATION
+    backend = LocalBackend(sandbox, warm=True)
+    try:
+        with display.watch_counts() as counts:
+            if boundary_only:
+                old = load_calibration(loaded.folder)
+                constant, _ = calibrate.boundary_of(loaded, counts)
+                update = {"boundary": constant, "boundary_level": loaded.level(), "fingerprint": loaded.fingerprint()}
+                measured = old.model_copy(update=update)
+            else:
+                measured = calibrate.calibrate(
+                    loaded, backend, seeds=seeds, reruns=reruns, value=value or (), workers=workers, fresh=fresh,
+                    report=counts,
+                )  # fmt: skip
+    finally:
+        backend.close()
+    if not dry_run:
+        calibrate.write_calibration(path, measured)
+        errors.print(f"wrote {path}")
+    if as_json or dry_run:
+        _print_json(measured.model_dump(exclude={"evidence"}))
+    return 0
+
+
+@app.command()
+def new(folder: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)], tier: TierOption) -> int:
+    """Make a folder with the tier's start record to edit, and the task."""
+    loaded = load_tier(tier)
+    if folder.exists() and any(folder.iterdir()):
+        raise typer.BadParameter(f"{folder} exists and is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SOURCE).write_text(loaded.record(loaded.table.reward.start).source, encoding="utf-8")
+    (folder / "task.md").write_text(loaded.task, encoding="utf-8")
+    console.print(f"{folder}: edit {SOURCE}, then: nanogpt-env run {folder} --tier {tier}", markup=False)
+    return 0
+
+
+@app.command()
+def run(
+    folder: DirArgument,
+    tier: TierOption,
+    steps: Annotated[int | None, typer.Option(min=1, help="Where to stop. Default: the horizon.")] = None,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Schedule length. Default: the start record's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Repeat a run exactly. Default: a fresh seed.")] = None,
+    sandbox: SandboxOption = "auto",
+    as_json: JsonOption = False,
+) -> int:
+    """Train a candidate once, with validation on the public shard."""
+    with _environment(tier, sandbox) as env:
+        _load(env, folder)
+        observation, _, _, _, info = _step(env, Run(horizon=horizon, steps=steps, seed=seed))
+        if as_json:
+            _print_json(info["run"])
+        else:
+            console.print(observation["text"], markup=False)
+        return 0 if info["run"]["exit_reason"] == "completed" else REJECTED
+
+
+@app.command()
+def submit(
+    folder: DirArgument,
+    tier: TierOption,
+    claim: Annotated[int | None, typer.Option(min=1, help="Steps. Default: what a few runs support.")] = None,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Schedule length. Default: the start record's.")] = None,
+    sandbox: SandboxOption = "auto",
+    as_json: JsonOption = False,
+) -> int:
+    """Verify that a candidate reaches the target at its claim. Exit code 0: accepted, 1: rejected."""
+    with _environment(tier, sandbox) as env:
+        _load(env, folder)
+        horizon = horizon or max(claim or 0, env.tier.record(env.tier.table.reward.start).horizon)
+        if claim is None:
+            _scout(env, horizon)
+        observation, reward, _, _, info = _step(env, Submit(claim=claim, horizon=horizon))
+        verdict = info["verdict"]
+        if as_json:
+            _print_json({**verdict, "reward": reward, "recovered": info["recovered"], "ledger": info["ledger"]})
+        else:
+            console.print(observation["text"], f"ledger: {info['ledger']}", sep="\n", markup=False)
+        return 0 if verdict["accepted"] else REJECTED
+
+
+def _scout(env: Speedrun, horizon: int) -> None:
+    """Run the candidate until its runs support a claim."""
+    source = env.workspace.files[SOURCE]
+    for i in range(SCOUT_RUNS):
+        observation, _, _, _, info = _step(env, Run(horizon=horizon))
+        if info["run"]["exit_reason"] != "completed":
+            raise typer.BadParameter(observation["text"])
+        advice = env.episode.advice(source, horizon)
+        errors.print(f"run {i + 1}: {advice.text}", markup=False)
+        if advice.claim is not None or "no number of runs" in advice.text:
+            return
+
+
+@app.command()
+def play(
+    tier: TierOption = "nano-steps",
+    agent: Annotated[str, typer.Option(help="Which agent: ladder.")] = "ladder",
+    output: Annotated[Path | None, typer.Option(help="Folder for ledger, summary and picture.")] = None,
+    sandbox: SandboxOption = "auto",
+    as_json: JsonOption = False,
+) -> int:
+    """Let an agent play one episode: edits, training runs, submissions, verified rewards."""
+    from nanogpt_env.agents import AGENTS
+    from nanogpt_env.agents import play as play_episode
+
+    if agent not in AGENTS:
+        raise typer.BadParameter(f"no agent {agent!r}; there are {', '.join(AGENTS)}")
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+
+    def say(name: str, text: str, reward: float) -> None:
+        if not as_json:
+            shown = text if name in ("run", "submit", "stop") else text.strip().split("\n")[0]
+            console.print(f"> {name}", style="bold")
+            console.print(shown, markup=False)
+
+    with _environment(tier, sandbox, output) as env:
+        played = play_episode(env, AGENTS[agent](env.tier), say)
+        loaded = env.tier
+    summary = {
+        "tier": loaded.name,
+        "agent": agent,
+        "recovered": played.info["recovered"],
+        "total_reward": played.total_reward,
+        "best_steps": played.info["best_steps"],
+        "verdicts": played.verdicts,
+        "budget": played.info["budget"],
+        "verification_device_seconds": played.info["verification_device_seconds"],
+        "ledger": played.info["ledger"],
+        "picture": _picture(output or Path.cwd(), loaded, played.runs, played.verdicts),
+    }
+    if output:
+        (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if as_json:
+        _print_json(summary)
+    else:
+        _print_summary(summary)
+    return 0
+
+
+def _picture(folder: Path, tier: Tier, runs: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> str:
+    from nanogpt_env import plots
+
+    path = folder / f"{tier.name}-loss-curves.png"
+    try:
+        plots.loss_curves(path, tier, runs, verdicts)
+    except ImportError:
+        errors.print("no picture: it needs matplotlib (pip install 'nanogpt_env[plot]')", markup=False)
+        return ""
+    return str(path)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    table = Table("submission", "claim", "verdict", "reruns", "trusted", title="verified submissions")
+    for v in summary["verdicts"]:
+        state = "accepted" if v["accepted"] else "rejected"
+        table.add_row(v["submission"], str(v["claim"]), state, str(v["n"]), str(v["trusted"]).lower())
+    console.print(table)
+    used = summary["budget"]["device_seconds"]["spent"]
+    console.print(
+        f"frontier {summary['best_steps']:g} steps, recovered {summary['recovered']:.3f} of the human speedup\n"
+        f"device_seconds: {used:.1f} for runs, {summary['verification_device_seconds']:.1f} for verification\n"
+        f"ledger: {summary['ledger']}\npicture: {summary['picture'] or 'none'}",
+        markup=False,
+    )
+
+
+@app.command()
+def replay(ledger: Annotated[Path, typer.Argument(help="A ledger.jsonl.")], as_json: JsonOption = False) -> int:
+    """Recompute every verdict and reward of a ledger. Exit code 1 if they differ from what was recorded."""
+    from nanogpt_env.replay import replay as recompute
+
+    found = recompute(ledger)
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        table = Table("submission", "claim", "horizon", "accepted", "n", "reward")
+        for s in found.submissions:
+            cells = (s["submission"], s["claim"], s["horizon"], s["accepted"], s["n"], f"{s['reward']:+.4f}")
+            table.add_row(*map(str, cells))
+        console.print(table)
+        console.print(f"{found.tier}: best {found.best:g} steps, recovered {found.recovered:.4f}")
+        for line in [found.recovered_line, *found.differences]:
+            if line:
+                console.print(f"! {line}", markup=False)
+    return REJECTED if found.differences else 0

@@ -1,0 +1,74 @@
+"""Progress and tables on a terminal. Progress goes to standard error, so that output can be piped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from nanogpt_env.backends import RunHandle
+from nanogpt_env.env import Speedrun
+from nanogpt_env.types import Rerun
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=errors, transient=True)
+
+
+class RunProgress:
+    """A bar for the run or rerun that is being waited for."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+        self._shown: tuple[int, RunHandle] | None = None
+
+    def __call__(self, n: int, handle: RunHandle) -> None:
+        """`n` is the rerun's number, 0 for a run of the agent."""
+        if self._shown != (n, handle):
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(f"rerun {n}" if n else "run", total=None)
+            self._shown = (n, handle)
+        progress = handle.progress()
+        if progress and self._task is not None:
+            loss = f", train loss {progress.train_loss:.3f}" if progress.train_loss else ""
+            label = f"rerun {n}" if n else "run"
+            state = f"{label}{loss}, evaluating" if progress.evaluating else f"{label}{loss}"
+            self._bar.update(self._task, completed=progress.step, total=progress.steps, description=state)
+
+
+@contextmanager
+def watch(env: Speedrun, say_reruns: bool = True) -> Iterator[None]:
+    """Show a bar while `env` trains, and a line for every finished rerun."""
+
+    def say(rerun: Rerun) -> None:
+        if say_reruns:
+            errors.print(f"    rerun {rerun.n}: {rerun.exit_reason}, {rerun.device_seconds:.1f} device_seconds")
+
+    with _bar() as bar:
+        env.on_progress, env.on_rerun = RunProgress(bar), say
+        yield
+
+
+@contextmanager
+def watch_counts() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per kind of work: the context's value takes (what, done, total)."""
+    with _bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+            if done == total:
+                errors.print(f"{what}: {done} of {total} done")
+                bar.update(tasks[what], visible=False)
+
+        yield report
