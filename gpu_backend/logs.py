@@ -12,7 +12,10 @@ _ESCAPES = re.compile(
     r"|\x1b.",
     re.DOTALL,
 )
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]"
+)
 
 
 class BoundedLog:
@@ -41,16 +44,20 @@ class BoundedLog:
                 room = half - len(self._head)
                 self._head += chunk[:room]
                 self._tail += chunk[max(room, 0) :]
-                del self._tail[:-half]
+                del self._tail[: max(0, len(self._tail) - half)]
+        os.close(self._read_fd)
 
     def text(self, timeout: float = 2.0) -> str:
         """The cleaned text so far; waits up to `timeout` seconds for the pipe to end."""
         self._thread.join(timeout)
         with self._lock:
             dropped = self._seen - len(self._head) - len(self._tail)
-            middle = f"\n[... {dropped} bytes dropped ...]\n".encode() if dropped else b""
-            data = bytes(self._head) + middle + bytes(self._tail)
-        return clean(data.decode("utf-8", "replace"))
+            head, tail = bytes(self._head), bytes(self._tail)
+        if not dropped:
+            return clean((head + tail).decode("utf-8", "replace"))
+        # each by itself, so that an escape sequence cut off in the head swallows neither the rest nor this line
+        parts = [clean(part.decode("utf-8", "replace")) for part in (head, tail)]
+        return f"\n[... {dropped} bytes dropped ...]\n".join(parts)
 
 
 def clean(text: str) -> str:

@@ -224,7 +224,7 @@ def _launch_bubblewrap(
     environment = [word for item in _environment().items() for word in ("--setenv", *item)]
     command = [
         binary, *_bubblewrap_options(hidden), *environment, "--info-fd", str(info_write),
-        "--seccomp", str(filter_fd), "--", sys.executable, "-I", "-B", HOST_INSIDE, str(theirs.fileno()),
+        "--seccomp", str(filter_fd), "--", sys.executable, "-I", "-B", "-u", HOST_INSIDE, str(theirs.fileno()),
     ]  # fmt: skip
     try:
         launcher = subprocess.Popen(
@@ -250,7 +250,7 @@ def _launch_bubblewrap(
 
 def _launch_plain(reason: str, log_fd: int, ours: socket.socket, theirs: socket.socket) -> Process:
     launcher = subprocess.Popen(
-        [sys.executable, "-I", "-B", str(HOST), str(theirs.fileno())],
+        [sys.executable, "-I", "-B", "-u", str(HOST), str(theirs.fileno())],
         stdin=subprocess.DEVNULL,
         stdout=log_fd,
         stderr=log_fd,

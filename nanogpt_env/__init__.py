@@ -33,7 +33,7 @@ from nanogpt_env.errors import (
     NanoGPTError,
     TierError,
 )
-from nanogpt_env.tiers import builtin_tiers, load_tier
+from nanogpt_env.tiers import load_tier
 from nanogpt_env.types import RunResult, Verdict
 
 __version__ = "0.1.0"
@@ -66,6 +66,8 @@ __all__ = [
 
 
 def _register() -> None:
+    from nanogpt_env.tiers import builtin_tiers
+
     entry_point = "nanogpt_env.env:Speedrun"
     # Verification seeds are secret, so no id is deterministic.
     gymnasium.register("NanoGPT/Speedrun-v0", entry_point=entry_point, nondeterministic=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -140,7 +141,7 @@ def parse_action(raw: Any) -> Action:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in e['loc']) or 'action'}: {e['msg']}" for e in error.errors()[:5]
         )
-        raise ActionError(f"not a valid action: {problems}. Types: {', '.join(ACTION_NAMES)}") from None
+        raise ActionError(f"not a valid action: {problems[:1000]}. Types: {', '.join(ACTION_NAMES)}") from None
 
 
 def _from_json(text: str | bytes) -> Any:
@@ -156,20 +157,23 @@ def _from_flat(flat: dict[str, Any]) -> dict[str, Any]:
     """The dict of `action_space` without its unused fields. Any used field that the action does not
     have is kept, so that validation refuses it: random samples never start a run."""
     try:
-        name = ACTION_NAMES[int(flat.pop("type"))]
+        index = operator.index(flat.pop("type"))
+        if not 0 <= index < len(ACTION_NAMES):
+            raise ValueError(f"type must be in 0..{len(ACTION_NAMES) - 1}")
+        name = ACTION_NAMES[index]
         fields: dict[str, Any] = {"type": name}
         for key in _FLAT_TEXT:
             if value := flat.pop(key, ""):
                 fields[_TEXT_FIELD.get(name, key) if key == "text" else key] = value
         for key in _FLAT_INTEGER:
-            if number := int(flat.pop(key, 0)):
+            if number := operator.index(flat.pop(key, 0)):
                 fields[key] = number
-        if not int(flat.pop("wait", 1)):
+        if not operator.index(flat.pop("wait", 1)):
             fields["wait"] = False
-    except (IndexError, TypeError, ValueError) as error:
+        if flat:
+            raise ActionError(f"unknown fields: {', '.join(map(str, flat))[:1000]}")
+    except (TypeError, ValueError) as error:
         raise ActionError(f"not a dict of the action space: {error}") from None
-    if flat:
-        raise ActionError(f"unknown fields: {', '.join(map(str, flat))}")
     required = [k for k, f in ACTION_TYPES[ACTION_NAMES.index(name)].model_fields.items() if f.is_required()]
     return {**dict.fromkeys(required, ""), **fields}
 

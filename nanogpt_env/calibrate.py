@@ -33,11 +33,11 @@ from nanogpt_env.tiers import Calibration, HumanRecord, RecordCalibration, Tier
 from nanogpt_env.types import Job, RunResult
 
 # Where a record's run is evaluated on the whole hidden shard, as shares of its horizon.
-GRID = (0.80, 0.84, 0.87, 0.90, 0.92, 0.94, 0.96, 0.98)
+GRID = (0.70, 0.78, 0.84, 0.88, 0.91, 0.94, 0.96, 0.98)
 POWER, SURE = 0.9, 0.9995
 BOUNDARY_PATHS = 40_000_000
 # A value further than this from the claim that was rerun is measured again at the new claim.
-SETTLED = 0.015
+SETTLED = 0.01
 MAX_PASSES = 3
 
 Report = Callable[[str, int, int], None]
@@ -140,10 +140,14 @@ def calibrate(
     boundary, boundary_error = boundary_of(tier, report)
     sigma = upper_sd(noise.values())[1]
     valued: dict[str, dict[str, Any]] = {}
+    claims: dict[str, int] = {}
     names = list(dict.fromkeys((tier.table.reward.start, tier.table.reward.anchor, *value)))
     for _ in range(2):  # the reruns of the values refine sigma, and sigma the values
         test = _test(tier, sigma, boundary)
-        valued = {n: _value(tier, test, tier.record(n), curves[n], noise[n][0], runs, reruns) for n in names}
+        for n in names:
+            claim = claims.get(n) or _claim_for(tier, test, tier.record(n), curves[n], noise[n][0])
+            valued[n] = _value(tier, test, tier.record(n), curves[n], claim, runs, reruns)
+            claims[n] = valued[n]["claim"]
         known = {n: (v["loss_sd"], v["n"]) for n, v in valued.items()}
         sigma = upper_sd({**noise, **known}.values())[1]
     test = _test(tier, sigma, boundary)
@@ -228,11 +232,10 @@ def _test(tier: Tier, sigma: float, boundary: float) -> SequentialTest:
 
 
 def _value(
-    tier: Tier, test: SequentialTest, record: HumanRecord, curve: Curve, sd: float, runs: Runs, reruns: int
+    tier: Tier, test: SequentialTest, record: HumanRecord, curve: Curve, claim: int, runs: Runs, reruns: int
 ) -> dict[str, Any]:
     """The claim that verification accepts with power 0.9, from reruns at (about) that claim."""
     data, target = tier.table.data, tier.table.training.target
-    claim = _claim_for(curve, target - margin_for_power(test, sd, POWER), record)
     for passes in range(1, MAX_PASSES + 1):
         job = tier.job(record.source, claim, record.horizon, "", (data.hidden, data.public))
         results = runs.get(f"{record.name}: value at step {claim}", job, reruns)
@@ -263,7 +266,9 @@ def _value(
     }
 
 
-def _claim_for(curve: Curve, loss: float, record: HumanRecord) -> int:
+def _claim_for(tier: Tier, test: SequentialTest, record: HumanRecord, curve: Curve, sd: float) -> int:
+    """A first guess, from the curve's few seeds."""
+    loss = tier.table.training.target - margin_for_power(test, sd, POWER)
     mean = curve.losses.mean(axis=0)
     if mean[-1] > loss:
         raise TierError(

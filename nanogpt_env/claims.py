@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 
@@ -41,15 +42,23 @@ def advise(tier: Tier, runs: Sequence[RunResult]) -> ClaimAdvice:
     test, c, shard = tier.test(), tier.measured, tier.table.data.public
     information = c.sigma**2 / (c.sigma**2 + c.shard_offset_sd**2)
     first = max(min(curve(r, shard)[0]) for r in runs)
+    runs = [r for r in runs if r.steps >= first]  # one that stopped before says nothing about a common step
+    first = max(min(curve(r, shard)[0]) for r in runs)
     last = min(r.steps for r in runs)
     steps = np.arange(first, last + 1)
     losses = np.mean([np.interp(steps, *curve(r, shard)) for r in runs], axis=0) - c.shard_offset
-    margins = tier.table.training.target - losses
-    for step, margin in zip(steps, margins, strict=True):
-        power = predicted_power(test, float(margin), c.sigma, len(runs) * information)
-        if power >= POWER:
-            text = f"claim {step}: predicted power {power:.2f} from {len(runs)} run(s)"
-            return ClaimAdvice(claim=int(step), power=power, text=text)
+    # where a run diverged its loss may be inf, and nan between that and the next point
+    margins = np.where(np.isnan(losses), -np.inf, tier.table.training.target - losses)
+
+    def power(margin: float) -> float:
+        return predicted_power(test, float(margin), c.sigma, len(runs) * information)
+
+    ordered = np.sort(margins)  # power rises with the margin
+    enough = bisect.bisect_left(ordered, POWER, key=power)
+    if enough < len(ordered):
+        i = int(np.argmax(margins >= ordered[enough]))
+        text = f"claim {steps[i]}: predicted power {power(margins[i]):.2f} from {len(runs)} run(s)"
+        return ClaimAdvice(claim=int(steps[i]), power=power(margins[i]), text=text)
     best = int(np.argmax(margins))
     needed = runs_to_tell(test, float(margins[best]), c.sigma, POWER)
     if needed is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -37,12 +38,15 @@ class Ledger:
         """Write one line, in one piece."""
         line = json.dumps({"seq": self.lines, "kind": kind, **fields}, allow_nan=False, default=str)
         data = line.encode() + b"\n"
+        size = os.fstat(self._fd).st_size
         try:
             if os.write(self._fd, data) != len(data):
                 raise OSError(28, "no space left on device")
             if kind in _SYNCED:
                 os.fsync(self._fd)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, size)  # what a torn line would make of the next one is no line
             raise LedgerError(f"cannot write {self.path}: {error.strerror}; the line {kind!r} is lost") from None
         self.lines += 1
 
@@ -59,10 +63,10 @@ def read_ledger(path: Path) -> tuple[list[dict[str, Any]], str]:
         data = path.read_bytes()
     except OSError as error:
         raise LedgerError(f"cannot read {path}: {error.strerror}") from None
-    whole, _, torn = data.rpartition(b"\n")
+    whole, newline, torn = data.rpartition(b"\n")
     recovered = f"a torn last line of {len(torn)} bytes was left out" if torn else ""
     lines = []
-    for number, raw in enumerate(whole.split(b"\n") if whole else [], 1):
+    for number, raw in enumerate(whole.split(b"\n") if newline else [], 1):
         try:
             line = json.loads(raw)
             if line["seq"] != number - 1 or not isinstance(line["kind"], str):

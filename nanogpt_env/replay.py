@@ -35,7 +35,7 @@ def replay(path: Path) -> Replay:
         raise LedgerError(f"{path} is not a version {VERSION} ledger: its first line must be an episode")
     try:
         return _replay(lines, torn)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise LedgerError(f"{path}: a line lacks or garbles what it must have: {error!r}") from None
 
 
@@ -45,16 +45,19 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
     test = SequentialTest(**head["test"])
     out = Replay(head["tier"], best=start, recovered=0.0, total_reward=0.0, recovered_line=torn)
     losses: dict[str, list[float]] = {}
+    offers: dict[str, dict[str, Any]] = {}
     for line in lines[1:]:
         name = line.get("submission", "")
         if line["kind"] == "submit":
-            losses[name] = []
+            losses[name], offers[name] = [], line
         elif line["kind"] == "rerun":
-            losses[name].append(math.inf if line["loss"] is None else line["loss"])
+            losses[name].append(math.inf if line["loss"] is None else float(line["loss"]))
         elif line["kind"] == "verdict":
             decision = test.decide(losses[name])
-            if (decision.outcome == "accept") != line["accepted"]:
+            if decision.outcome != ("accept" if line["accepted"] else "reject"):
                 out.differences.append(f"{name}: recorded accepted={line['accepted']}, recomputed {decision.outcome}")
+            mine = {"claim": offers[name]["claim"], "horizon": offers[name]["horizon"], "n": decision.n}
+            out.differences += _differences(name, line, mine)
             before = out.best
             if decision.outcome == "accept":
                 out.best = min(out.best, float(line["claim"]))
@@ -72,8 +75,18 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
                 }
             )
         elif line["kind"] == "reward":
-            mine = out.submissions[-1]["reward"] if out.submissions else math.nan
-            if not abs(mine - line["reward"]) <= TOLERANCE:
-                out.differences.append(f"{name}: recorded reward {line['reward']}, recomputed {mine}")
+            paid = out.submissions[-1]["reward"] if out.submissions else math.nan
+            out.differences += _differences(name, line, {"reward": paid, "best": out.best})
+        elif line["kind"] == "end":
+            now = scoring.recovered(start, anchor, out.best)
+            out.differences += _differences("end", line, {"best": out.best, "recovered": now})
     out.recovered = scoring.recovered(start, anchor, out.best)
     return out
+
+
+def _differences(name: str, line: dict[str, Any], mine: dict[str, float]) -> list[str]:
+    return [
+        f"{name}: recorded {key} {line[key]}, recomputed {value}"
+        for key, value in mine.items()
+        if not abs(value - line[key]) <= TOLERANCE
+    ]

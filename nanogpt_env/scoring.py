@@ -27,7 +27,9 @@ def recovered_log(start: float, anchor: float, value: float) -> float:
 
 
 def share(form: RewardForm, start: float, anchor: float, value: float) -> float:
-    """`recovered` in the form a tier rewards."""
+    """`recovered` in the form a tier rewards. Raises ValueError for an unknown form."""
+    if form not in ("linear", "log"):
+        raise ValueError(f"a reward form is linear or log, not {form!r}")
     return (recovered if form == "linear" else recovered_log)(start, anchor, value)
 
 

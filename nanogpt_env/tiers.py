@@ -10,9 +10,9 @@ import json
 import tomllib
 from importlib import metadata, util
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from nanogpt_env.content import cache_dir, content_root
 from nanogpt_env.errors import TierError
@@ -22,6 +22,7 @@ from nanogpt_env.types import Job, Limits, Record
 
 ENTRY_POINTS = "nanogpt_env.tiers"
 CALIBRATION = "calibration.json"
+T = TypeVar("T", bound=Record)
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -182,14 +183,14 @@ class Tier(BaseModel):
 
     def value_of(self, record: str) -> float:
         """Steps that a record counts as. Raises `TierError` unless it was valued by reruns."""
-        value = self.measured.records[self.record(record).name].value
-        if value is None:
+        row = self.measured.records.get(self.record(record).name)
+        if row is None or row.value is None:
             valued = [n for n, r in self.measured.records.items() if r.value is not None]
             raise TierError(
                 f"record {record!r} of tier {self.name} has no measured value; choose one of {', '.join(valued)}, "
                 f"or value it: nanogpt-env tiers calibrate {self.folder} --value {record}"
             )
-        return value
+        return row.value
 
     def record(self, name: str) -> HumanRecord:
         if name not in self.records:
@@ -298,7 +299,7 @@ def load_tier(name_or_path: str | Path, *, calibrated: bool = True) -> Tier:
     """
     folder = find_tier(name_or_path)
     try:
-        table = TierTable(**tomllib.loads(_read(folder / "env.toml")))
+        table = _read_toml(folder / "env.toml", TierTable)
         records = _load_records(folder)
         tier = Tier(
             folder=folder,
@@ -311,7 +312,7 @@ def load_tier(name_or_path: str | Path, *, calibrated: bool = True) -> Tier:
         tier.record(table.reward.anchor)
         if calibrated:
             _check_calibration(tier)
-    except (ValidationError, tomllib.TOMLDecodeError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise TierError(f"tier in {folder}: {error}") from None
     return tier
 
@@ -321,14 +322,22 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise TierError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise TierError(f"cannot read {path}: {error}") from None
+
+
+def _read_toml(path: Path, model: type[T], **known: Any) -> T:
+    try:
+        return model(**tomllib.loads(_read(path)), **known)
+    except (TypeError, ValueError) as error:  # a field that is known may not be given: TypeError
+        raise TierError(f"{path}: {error}") from None
 
 
 def _load_records(folder: Path) -> dict[str, HumanRecord]:
     records = []
     for path in (folder / "records").glob("*/record.toml"):
-        fields = tomllib.loads(_read(path))
         source = _read(path.parent / "optimizer.py")
-        records.append(HumanRecord(name=path.parent.name, source=source, **fields))
+        records.append(_read_toml(path, HumanRecord, name=path.parent.name, source=source))
     return {r.name: r for r in sorted(records, key=lambda r: (r.order, r.name))}
 
 
@@ -338,8 +347,8 @@ def load_calibration(folder: Path) -> Calibration:
     if not path.exists():
         raise TierError(f"{folder} is not calibrated: run `nanogpt-env tiers calibrate {folder}`")
     try:
-        return Calibration(**json.loads(_read(path)))
-    except ValueError as error:
+        return Calibration.model_validate(json.loads(_read(path)))
+    except (ValueError, RecursionError) as error:
         raise TierError(f"{path}: {error}") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+import warnings
 from collections.abc import Mapping
 
 from nanogpt_env.errors import ActionError
@@ -14,9 +15,12 @@ NOTES_BYTES = 1 << 18
 # Unicode's control, format and line-separator characters but tab and newline: they let a text read
 # differently from how it runs.
 _INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u180e\u200b-\u200f"
-    "\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f"
+    "\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+# Headers on which the diff parser's regular expressions take quadratic time.
+_COSTLY_HEADER = re.compile(r"^(?:Binary file|diff --git .{200})", re.MULTILINE)
 
 
 def snapshot_hash(files: Mapping[str, str]) -> str:
@@ -28,15 +32,35 @@ def snapshot_hash(files: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
+def parse_source(source: str) -> ast.Module:
+    """The syntax tree, without Python's warnings about literals such as "\\d"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source, "optimizer.py")
+
+
 def normal_form(source: str) -> str:
     """Hash of a program without comments, layout and docstrings: equal for equal programs."""
-    tree = ast.parse(source)
+    tree = parse_source(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             body = node.body
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    digest = hashlib.sha256()
+    rest: list[object] = [tree]
+    while rest:  # no recursion, which deep expressions would exhaust
+        item = rest.pop()
+        if isinstance(item, ast.AST):
+            values: list[object] = [value for _, value in ast.iter_fields(item)]
+            digest.update(f"{type(item).__name__} {len(values)}\n".encode())
+            rest += reversed(values)
+        elif isinstance(item, list):
+            digest.update(f"list {len(item)}\n".encode())
+            rest += reversed(item)
+        else:
+            digest.update(f"{type(item).__name__} {item!r}\n".encode())
+    return digest.hexdigest()
 
 
 class Workspace:
@@ -89,9 +113,13 @@ class Workspace:
         from unidiff.errors import UnidiffParseError
         from unidiff.patch import PatchSet
 
+        if len(text) > 4 * self.max_bytes:
+            raise ActionError(f"a patch may have {4 * self.max_bytes} characters, this has {len(text)}")
+        if _COSTLY_HEADER.search(text):
+            raise ActionError("a patch may not be of binary files or have headers of over 200 characters")
         try:
-            parsed = PatchSet(text)
-        except UnidiffParseError as error:
+            parsed = PatchSet(text if text.endswith("\n") else text + "\n")
+        except (UnidiffParseError, ValueError) as error:
             raise ActionError(f"not a unified diff: {error}") from None
         if not parsed:
             raise ActionError("the patch changes no file; a unified diff begins with --- and +++ lines")
@@ -100,7 +128,10 @@ class Workspace:
             if part.is_added_file or part.is_removed_file or part.is_rename:
                 raise ActionError("a patch may change files but not add, remove or rename them")
             self._editable(part.path)
-            changed[part.path] = self._checked(part.path, _apply(part, self.files[part.path]))
+            if not part:
+                raise ActionError(f"the patch has no hunk for {part.path}")
+            before = changed.get(part.path, self.files[part.path])
+            changed[part.path] = self._checked(part.path, _apply(part, before))
         self.files |= changed
         return list(changed)
 
@@ -113,6 +144,7 @@ class Workspace:
         return names[0]
 
     def note(self, text: str) -> None:
+        _utf8_size(NOTES, text)
         if len(self.notes) + len(text) > NOTES_BYTES:
             raise ActionError(f"notes are limited to {NOTES_BYTES} characters")
         self.notes += text if text.endswith("\n") else text + "\n"
@@ -124,10 +156,7 @@ class Workspace:
             raise ActionError(f"only {', '.join(self.files)} can be edited, not {path!r}")
 
     def _checked(self, path: str, text: str) -> str:
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:
-            raise ActionError(f"{path} must be valid Unicode text") from None
+        size = _utf8_size(path, text)
         if size > self.max_bytes:
             raise ActionError(f"{path} may have {self.max_bytes} bytes, this has {size}")
         if bad := _INVISIBLE.search(text):
@@ -136,18 +165,41 @@ class Workspace:
         return text
 
 
+def _utf8_size(path: str, text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        raise ActionError(f"{path} must be valid Unicode text") from None
+
+
 def _apply(part: object, text: str) -> str:
     """One file's hunks, each of which must match the lines at the place it names."""
     lines, result, position = text.splitlines(keepends=True), [], 0
     for hunk in part:  # type: ignore[attr-defined]  # unidiff has no types
-        start = max(hunk.source_start - 1, 0)
-        expected = [line.value for line in hunk if not line.is_added and line.line_type in " -"]
-        if start < position or lines[start : start + len(expected)] != expected:
+        expected, replacement = _sides(hunk)
+        # a hunk without old lines names the line that it comes after
+        start = hunk.source_start - 1 if expected else hunk.source_start
+        if not position <= start <= len(lines) or lines[start : start + len(expected)] != expected:
             raise ActionError(
                 f"the hunk at line {hunk.source_start} does not fit {part.path}; "  # type: ignore[attr-defined]
                 "read the file again, or use edit_file"
             )
-        result += lines[position:start]
-        result += [line.value for line in hunk if not line.is_removed and line.line_type in " +"]
+        result += lines[position:start] + replacement
         position = start + len(expected)
     return "".join(result + lines[position:])
+
+
+def _sides(hunk: object) -> tuple[list[str], list[str]]:
+    """The old and the new lines of a hunk. A marker takes the newline off the line before it."""
+    old: list[str] = []
+    new: list[str] = []
+    touched: list[list[str]] = []
+    for line in hunk:  # type: ignore[attr-defined]
+        if line.line_type == "\\":
+            for side in touched:
+                side[-1] = side[-1].removesuffix("\n")
+            continue
+        touched = {" ": [old, new], "-": [old], "+": [new]}.get(line.line_type, [])
+        for side in touched:
+            side.append(line.value)
+    return old, new

@@ -69,7 +69,7 @@ class LocalRun:
 
     def close(self) -> None:
         """End the process whatever it does, and wait for it."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             if self._process.stdin:
                 self._process.stdin.close()  # the trainer takes this as a cancellation
         try:
@@ -81,7 +81,7 @@ class LocalRun:
 
     def _write(self, line: str) -> None:
         assert self._process.stdin
-        with contextlib.suppress(OSError):  # it has ended: `result` tells how
+        with contextlib.suppress(OSError, ValueError):  # it has ended: `result` tells how
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
@@ -131,20 +131,23 @@ class LocalBackend:
         self.sandbox, self.warm = sandbox, warm
         self._runs: list[LocalRun] = []
         self._spare: LocalRun | None = None
+        self._lock = threading.Lock()
 
     def start(self, job: Job) -> LocalRun:
-        run, self._spare = self._spare or LocalRun(self.sandbox), None
-        if run.done():  # a spare that died while it waited
-            run = LocalRun(self.sandbox)
-        self._runs = [r for r in self._runs if not r.done()] + [run]
-        run.begin(job)
-        if self.warm:
-            self._spare = LocalRun(self.sandbox)
-        return run
+        with self._lock:
+            run, self._spare = self._spare or LocalRun(self.sandbox), None
+            if run.done():  # a spare that died while it waited
+                run = LocalRun(self.sandbox)
+            self._runs = [*(r for r in self._runs if not r.done()), run]
+            run.begin(job)
+            if self.warm:
+                self._spare = LocalRun(self.sandbox)
+            return run
 
     def close(self) -> None:
-        runs, self._runs = [*self._runs, *([self._spare] if self._spare else [])], []
-        self._spare = None
+        with self._lock:
+            runs, self._runs = [*self._runs, *([self._spare] if self._spare else [])], []
+            self._spare = None
         for run in runs:
             run.cancel()
         for run in runs:

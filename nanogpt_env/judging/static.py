@@ -11,6 +11,7 @@ from typing import Literal
 
 from nanogpt_env.content import content_root
 from nanogpt_env.types import Record
+from nanogpt_env.workspace import parse_source
 
 
 class Rules(Record):
@@ -23,6 +24,7 @@ class Rules(Record):
     max_text_literal: int
     max_row: int
     max_digits: int
+    max_depth: int
     incompressible_from: int
     incompressible_ratio: float
 
@@ -38,12 +40,19 @@ def judge_source(source: str, rules: Rules | None = None) -> list[str]:
     rules = rules or static_rules()
     try:
         # the grammar first: a warning about a literal is no reason to refuse
-        tree = ast.parse(source, "optimizer.py")
-        nodes = list(ast.walk(tree))
+        tree = parse_source(source)
     except SyntaxError as error:
-        return [f"line {error.lineno}: {error.msg}"]
+        return [f"line {error.lineno or 1}: {error.msg}"]
     except (ValueError, RecursionError, MemoryError) as error:
-        return [f"cannot be parsed: {error or type(error).__name__}"]
+        return [f"cannot be parsed: {str(error) or type(error).__name__}"]
+    nodes: list[ast.AST] = []
+    level: list[ast.AST] = [tree]
+    for _ in range(rules.max_depth):
+        nodes += level
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    if level:
+        line = next((n.lineno for n in level if isinstance(n, (ast.expr, ast.stmt))), 1)
+        return [f"line {line}: nested more than {rules.max_depth} deep"]
     found = [f"line {getattr(n, 'lineno', 0)}: {reason}" for n in nodes for reason in _judge_node(n, rules)]
     if not any(isinstance(n, ast.FunctionDef) and n.name == "configure" for n in tree.body):
         found.append("optimizer.py must define configure(params, horizon)")
@@ -56,13 +65,13 @@ def _judge_node(node: ast.AST, rules: Rules) -> Iterator[str]:
             yield from _judge_import(alias.name, rules)
     elif isinstance(node, ast.ImportFrom):
         for alias in node.names:
-            yield from _judge_import(f"{node.module or '.'}.{alias.name}", rules)
+            yield from _judge_import(f"{'.' * node.level}{node.module or ''}.{alias.name}", rules)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.func.id in rules.denied_calls:
             yield f"an update rule may not call {node.func.id}"
     elif isinstance(node, ast.Attribute):
         dotted = _dotted(node)
-        if any(dotted == denied or dotted.startswith(denied + ".") for denied in rules.denied_imports):
+        if dotted in rules.denied_imports:  # what is below it has this node in it
             yield f"an update rule may not use {dotted}"
     elif isinstance(node, ast.Constant):
         yield from _judge_constant(node.value, rules)
@@ -70,9 +79,10 @@ def _judge_node(node: ast.AST, rules: Rules) -> Iterator[str]:
         yield f"a row of {len(node.elts)} elements; at most {rules.max_row}"
     elif isinstance(node, ast.Dict) and len(node.keys) > rules.max_row:
         yield f"a dict of {len(node.keys)} entries; at most {rules.max_row}"
-    name = getattr(node, "id", None) or getattr(node, "name", None) or getattr(node, "arg", None)
-    if isinstance(name, str) and not name.isascii():
-        yield f"identifiers must be ASCII: {name!a}"
+    for field in ("id", "name", "arg", "attr", "asname", "rest"):
+        name = getattr(node, field, None)
+        if isinstance(name, str) and not name.isascii():
+            yield f"identifiers must be ASCII: {name!a}"
 
 
 def _judge_import(name: str, rules: Rules) -> Iterator[str]:

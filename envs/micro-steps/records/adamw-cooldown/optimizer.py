@@ -2,9 +2,9 @@
 
 import torch
 
-LEARNING_RATE = 0.008
+LEARNING_RATE = 0.006
 WARMUP_STEPS = 30
-COOLDOWN = 0.5  # share of the horizon
+COOLDOWN = 0.7  # share of the horizon
 
 
 def configure(params, horizon):

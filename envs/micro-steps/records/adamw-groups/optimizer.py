@@ -2,9 +2,9 @@
 
 import torch
 
-LEARNING_RATES = {"embed": 0.02, "head": 0.016, "blocks": 0.008}
+LEARNING_RATES = {"embed": 0.015, "head": 0.012, "blocks": 0.005}
 WARMUP_STEPS = 30
-COOLDOWN = 0.6  # share of the horizon
+COOLDOWN = 0.7  # share of the horizon
 
 
 def init(params):

@@ -2,9 +2,9 @@
 
 import torch
 
-MUON_LR, ADAM_LR = 0.02, 0.02
-MOMENTUM = 0.95
-COOLDOWN = 0.4  # share of the horizon
+MUON_LR, ADAM_LR = 0.03, 0.02
+MOMENTUM = 0.9
+COOLDOWN = 0.6  # share of the horizon
 
 
 def orthogonalize(g, steps=5):

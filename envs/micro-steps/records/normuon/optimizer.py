@@ -2,10 +2,10 @@
 
 import torch
 
-MUON_LR, ADAM_LR = 0.02, 0.02
+MUON_LR, ADAM_LR = 0.03, 0.02
 MOMENTUM_START, MOMENTUM_END, MOMENTUM_STEPS = 0.85, 0.90, 50
 ROW_DECAY = 0.95
-COOLDOWN = 0.4  # share of the horizon
+COOLDOWN = 0.6  # share of the horizon
 
 
 def orthogonalize(g, steps=5):

@@ -2,7 +2,7 @@
 
 import torch
 
-LEARNING_RATE = 0.012
+LEARNING_RATE = 0.010
 WARMUP_STEPS = 30
 COOLDOWN = 0.7  # share of the horizon
 

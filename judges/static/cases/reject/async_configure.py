@@ -1,0 +1,6 @@
+# expect: must define configure
+import torch
+
+
+async def configure(params, horizon):
+    return torch.optim.AdamW(params.values(), lr=4e-3)

@@ -1,0 +1,8 @@
+# expect: may not call exec
+import torch
+
+exec("lr = 4e-3")
+
+
+def configure(params, horizon):
+    return torch.optim.AdamW(params.values(), lr=4e-3)

@@ -1,0 +1,4 @@
+# expect: must define configure
+import torch
+
+optimizer = torch.optim.AdamW

@@ -1,0 +1,21 @@
+"""Shared fixtures. Tests never touch the user's cache and state folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).parent / "tiny-steps"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory):
+    """Caches and ledgers of the test session lie in a folder of its own, subprocesses' too."""
+    folder = tmp_path_factory.mktemp("nanogpt_env")
+    saved = dict(os.environ)
+    os.environ |= {"NANOGPT_ENV_CACHE": str(folder / "cache"), "NANOGPT_ENV_STATE": str(folder / "state")}
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
