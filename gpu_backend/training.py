@@ -57,7 +57,7 @@ class Training:
         began = time.monotonic()
         for step in range(job.steps):
             self._check(step)
-            loss, seconds = self._forward_backward()
+            loss, seconds = self.forward_backward()
             if not math.isfinite(loss):
                 raise RunFailed("nonfinite_loss", f"the training loss was {loss} at step {step}")
             result.train_losses.append(loss)
@@ -83,7 +83,7 @@ class Training:
                 f"the run's {self.limits.deadline_s:g} s were over at step {step} of {self.job.steps}",
             )
 
-    def _forward_backward(self) -> tuple[float, float]:
+    def forward_backward(self) -> tuple[float, float]:
         """(loss, CPU seconds of this thread); the gradients are left in `flat.gradients`."""
         inputs, targets = (torch.from_numpy(x) for x in self.batches.next())
         began = time.thread_time()

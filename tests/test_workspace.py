@@ -324,6 +324,7 @@ def test_snapshot_hash_is_sensitive():
     others = [
         {"a": "1", "b": "23"}, {"a": "12", "c": "3"}, {"a": "12"}, {"a": "12", "b": "3 "}, {"b": "12", "a": "3"},
         {"a": "12\n", "b": "3"}, {"a": "é", "b": "3"}, {"a": "e\u0301", "b": "3"}, {"ab": "12", "": "3"}, {},
+        {"a": "12b\x003"},
     ]  # fmt: skip
     assert len({same, *map(snapshot_hash, others)}) == len(others) + 1
 
