@@ -149,7 +149,9 @@ def _bubblewrap_options(hidden: list[Path]) -> list[str]:
         "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
         "--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv",
         "--cap-drop", "ALL", *_mounts(hidden), "--ro-bind", str(HOST), HOST_INSIDE,
-        "--proc", "/proc", "--dev", "/dev", "--size", str(SCRATCH_BYTES), "--tmpfs", "/dev/shm",
+        # read-only as a mount: started by root, the candidate owns /proc/sys by uid, core_pattern included
+        "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
+        "--size", str(SCRATCH_BYTES), "--tmpfs", "/dev/shm",
         "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp",
     ]  # fmt: skip
 

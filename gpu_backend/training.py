@@ -98,16 +98,15 @@ class Training:
         self.result.val_points.append((self.result.steps, loss))
 
     def evaluate_all(self, flat_params: Tensor) -> None:
-        """The last point, and the whole of every final shard. Raises `RunFailed` on a loss like NaN."""
+        """The last point, and the whole of every final shard."""
         self._evaluate_point(flat_params)
         for name, shard in self.val.items():
-            loss = self._evaluate(flat_params, shard)
-            if not math.isfinite(loss):
-                raise RunFailed("nonfinite_loss", f"the validation loss was {loss}")
-            self.result.val_losses[name] = loss
+            self.result.val_losses[name] = self._evaluate(flat_params, shard)
 
     def _evaluate(self, flat_params: Tensor, tokens: np.ndarray) -> float:
-        """Mean cross-entropy over consecutive, non-overlapping sequences; a tail shorter than one is left."""
+        """Mean cross-entropy over consecutive, non-overlapping sequences; a tail shorter than one is left.
+
+        Raises `RunFailed` if it is not finite, or on cancellation."""
         length = self.config.seq_len
         count = (len(tokens) - 1) // length
         if count < 1:
@@ -124,4 +123,6 @@ class Training:
                 part = inputs[i : i + EVAL_SEQUENCES], targets[i : i + EVAL_SEQUENCES]
                 total += self.model(*part).item() * len(part[0])
         self.flat.params.copy_(kept)
+        if not math.isfinite(total):
+            raise RunFailed("nonfinite_loss", f"the validation loss was {total / count} at step {self.result.steps}")
         return total / count

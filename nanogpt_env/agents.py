@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from nanogpt_env.actions import Action, ReadFile, Run, Stop, Submit, WriteFile
 from nanogpt_env.env import Speedrun
 from nanogpt_env.episode import SOURCE
+from nanogpt_env.errors import BackendError
 from nanogpt_env.tiers import Tier
 
 OVERCLAIM = 0.85
@@ -65,13 +66,16 @@ class Played:
 
 
 def play(env: Speedrun, agent: Agent, on_step: Callable[[str, str, float], None] = lambda *_: None) -> Played:
-    """One episode from `reset` to its end. `on_step(name, text, reward)` is called after each action."""
+    """One episode from `reset` to its end. `on_step(name, text, reward)` is called after each action.
+    Raises `BackendError` when our side fails: the agent here could only go on without its run."""
     played = Played()
     observation, info = env.reset()
     over = False
     while not over:
         action = agent.act(observation, info)
         observation, reward, terminated, truncated, info = env.step(action)
+        if info.get("error") == "BackendError":
+            raise BackendError(observation["text"])
         over = terminated or truncated
         name = env.history[-1][0]
         played.steps.append({"type": name, "text": observation["text"], "reward": reward})

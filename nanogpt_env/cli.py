@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from pydantic_core import to_json
 from rich.table import Table
 
 from nanogpt_env import content, display
 from nanogpt_env.actions import Run, Submit, WriteFile
+from nanogpt_env.backends.local import SANDBOXES, LocalBackend, sandbox_report
 from nanogpt_env.display import console, errors
 from nanogpt_env.env import Speedrun, StepResult
 from nanogpt_env.episode import SOURCE
@@ -39,8 +41,19 @@ app.add_typer(tiers_app, name="tiers")
 
 TierOption = Annotated[str, typer.Option("--tier", help="Name of a tier (see `tiers list`) or path of its folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def _known_sandbox(value: str) -> str:
+    if value not in SANDBOXES:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(SANDBOXES)}")
+    return value
+
+
 SandboxOption = Annotated[
-    str, typer.Option(help="auto, bubblewrap, or plain (not isolated: results are `trusted: false`).")
+    str,
+    typer.Option(
+        callback=_known_sandbox, help="auto, bubblewrap, or plain (not isolated: results are `trusted: false`)."
+    ),
 ]
 DirArgument = Annotated[Path, typer.Argument(help="Folder with an optimizer.py.", show_default=False)]
 
@@ -74,7 +87,7 @@ def _fail(error: object, code: int) -> int:
 
 
 def _print_json(content: object) -> None:
-    print(json.dumps(content, indent=1, default=str))
+    print(to_json(content, indent=1, inf_nan_mode="null", fallback=str).decode())
 
 
 @contextmanager
@@ -116,8 +129,6 @@ def _step(env: Speedrun, action: Any) -> StepResult:
 @app.command()
 def doctor(as_json: JsonOption = False) -> int:
     """Say what this machine can do, and how to get more."""
-    from nanogpt_env.backends.local import sandbox_report
-
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "nanogpt_env": importlib.metadata.version("nanogpt_env"),
@@ -174,7 +185,7 @@ def tiers_list(as_json: JsonOption = False) -> int:
     for reason in unusable:
         errors.print(f"not usable: {reason}", markup=False, soft_wrap=True)
     if as_json:
-        _print_json(rows)
+        _print_json({"tiers": rows, "unusable": unusable})
         return 0
     table = Table("tier", "start -> anchor (steps)", "FLOPs of a start run", "summary")
     for row in rows:
@@ -238,7 +249,6 @@ def tiers_calibrate(
     Interrupted, it continues where it stopped.
     """
     from nanogpt_env import calibrate
-    from nanogpt_env.backends.local import LocalBackend
 
     loaded = load_tier(tier, calibrated=False)
     path = loaded.folder / CALIBRATION
@@ -266,14 +276,22 @@ def tiers_calibrate(
 
 
 @app.command()
-def new(folder: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)], tier: TierOption) -> int:
+def new(
+    folder: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    tier: TierOption,
+    as_json: JsonOption = False,
+) -> int:
     """Make a folder with the tier's start record to edit, and the task."""
     loaded = load_tier(tier)
     if folder.exists() and any(folder.iterdir()):
         raise typer.BadParameter(f"{folder} exists and is not empty")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SOURCE).write_text(loaded.record(loaded.table.reward.start).source, encoding="utf-8")
-    (folder / "task.md").write_text(loaded.task, encoding="utf-8")
+    files = {SOURCE: loaded.record(loaded.table.reward.start).source, "task.md": loaded.task}
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if as_json:
+        _print_json({"folder": str(folder), "files": list(files)})
+        return 0
     console.print(f"{folder}: edit {SOURCE}, then: nanogpt-env run {folder} --tier {tier}", markup=False)
     return 0
 

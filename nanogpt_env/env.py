@@ -71,7 +71,8 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         self._defaults: dict[str, Any] = {"start": start, "anchor": anchor, "budget": budget}
         self._state_dir = state_dir
         self._backend: Backend = backend or LocalBackend(sandbox, warm=True)
-        self._owned = True  # a fork shares the backend and the episode, and closes neither
+        # a fork shares both and closes neither; after a reset it has an episode of its own
+        self._owns_backend = self._owns_episode = True
         self._episode: Episode | None = None
         self.history: list[tuple[str, str]] = []
         # observers for progress displays; they must not raise
@@ -84,27 +85,35 @@ class Speedrun(gymnasium.Env[Observation, Any]):
             raise gymnasium.error.ResetNeeded("call reset() first")
         return self._episode
 
+    def _going(self) -> Episode:
+        """The episode, unless it is over."""
+        if self.episode.over:
+            raise gymnasium.error.ResetNeeded(f"the episode is over ({self.episode.over}); call reset()")
+        return self.episode
+
     # --- Gymnasium ---
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
         """Begin an episode. options: `start`, `anchor` (record names), `budget` (meters to override).
 
-        The seed never determines verification seeds. Raises `ActionError` for options that make no sense.
+        The seed never determines verification seeds. Raises `ActionError` for options that make no sense,
+        `TierError` for a record that the tier does not have or has not valued.
         """
         super().reset(seed=seed)
         chosen = self._options(options or {})
-        if self._episode is not None and self._owned:
+        limits = self._limits(chosen["budget"] or {})
+        if self._episode is not None and self._owns_episode:
             self._episode.end("reset")
         table = self.tier.table
         self._episode = Episode(
             self.tier,
             chosen["start"] or table.reward.start,
             chosen["anchor"] or table.reward.anchor,
-            Budget(self._limits(chosen["budget"] or {})),
+            Budget(limits),
             self._backend,
             Path(self._state_dir or state_dir()),
         )
-        self._owned = True
+        self._owns_episode = True
         source = self.tier.record(self._episode.start).source
         self.workspace = Workspace({SOURCE: source}, {"task.md": self.tier.task}, table.limits.source_bytes)
         self.history = []
@@ -115,9 +124,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
     def step(self, action: Any) -> StepResult:
         """Do one action. Nothing the agent sends raises: a malformed or impossible action is an
         observation that says why, with `info["error"]` set. Raises only for failures of ours."""
-        episode = self.episode
-        if episode.over:
-            raise gymnasium.error.ResetNeeded(f"the episode is over ({episode.over}); call reset()")
+        episode = self._going()
         episode.collect()
         outcome, name = self._perform(action)
         episode.budget.charge("episode_steps")
@@ -142,10 +149,12 @@ class Speedrun(gymnasium.Env[Observation, Any]):
 
     def close(self) -> None:
         """End the episode and everything it started. Safe to call twice."""
-        if self._owned:
-            if self._episode is not None:
+        try:
+            if self._owns_episode and self._episode is not None:
                 self._episode.end("closed")
-            self._backend.close()
+        finally:
+            if self._owns_backend:
+                self._backend.close()
 
     # --- checkpoints and forks ---
 
@@ -163,7 +172,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Bring workspace and history back to a checkpoint of this episode. Raises `ActionError` otherwise."""
-        if checkpoint.get("episode") != self.episode.id:
+        if checkpoint.get("episode") != self._going().id:
             raise ActionError(f"the checkpoint is of episode {checkpoint.get('episode')}, this is {self.episode.id}")
         w = self.workspace
         w.files, w.notes = dict(checkpoint["files"]), checkpoint["notes"]
@@ -175,8 +184,8 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         """Another environment on the same episode: its own workspace and history, shared meters,
         submissions, verdicts and best score. Closing a fork leaves the episode alone."""
         twin = Speedrun(self.tier.folder, backend=self._backend, render_mode=self.render_mode)
-        twin._owned, twin._episode, twin._defaults = False, self.episode, self._defaults
-        twin._state_dir = self._state_dir
+        twin._owns_backend = twin._owns_episode = False
+        twin._episode, twin._defaults, twin._state_dir = self._going(), self._defaults, self._state_dir
         twin.workspace = Workspace(
             {SOURCE: self.tier.record(self.episode.start).source}, self.workspace.frozen, self.workspace.max_bytes
         )
@@ -242,7 +251,8 @@ class Speedrun(gymnasium.Env[Observation, Any]):
 
     def _run_outcome(self, run: AgentRun) -> Outcome:
         text = report.run_text(run, self.tier.table.data.public)
-        return Outcome(text, extra={"run": self._run_info(run)})
+        error = {"error": "BackendError"} if run.error else {}
+        return Outcome(text, extra={"run": self._run_info(run), **error})
 
     def _run_info(self, run: AgentRun) -> dict[str, Any]:
         info: dict[str, Any] = {"handle": run.handle, "done": run.result is not None or bool(run.error)}
@@ -330,7 +340,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         if unknown:
             raise ActionError(f"unknown meters {', '.join(sorted(unknown))}; there are {', '.join(limits)}")
         for meter, value in override.items():
-            if not (np.isfinite(value) and value > 0):
+            if not isinstance(value, (int, float, np.integer)) or not (np.isfinite(value) and value > 0):
                 raise ActionError(f"budget {meter} must be positive and finite, got {value}")
         if override.get("submissions", 0) > limits["submissions"]:
             raise ActionError(

@@ -17,7 +17,7 @@ from nanogpt_env import scoring
 from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.budget import RUN_METERS, Budget, Reservation
 from nanogpt_env.claims import ClaimAdvice, advise
-from nanogpt_env.errors import ActionError, BackendError, BudgetError
+from nanogpt_env.errors import ActionError, BackendError, BudgetError, LedgerError
 from nanogpt_env.judging.static import judge_source
 from nanogpt_env.ledger import VERSION, Ledger
 from nanogpt_env.tiers import Tier
@@ -99,6 +99,7 @@ class Episode:
     def start_run(self, source: str, snapshot: str, horizon: int, steps: int, seed: int | None) -> AgentRun:
         """Judge, reserve, start. Raises `ActionError`, `BudgetError` or `BackendError`; nothing is charged then."""
         self._check_program(source, steps, horizon)
+        program = normal_form(source)
         if len(self.active) >= self.tier.table.verification.slots:
             raise ActionError(f"all {self.tier.table.verification.slots} slot(s) are in use; poll or cancel a run")
         seconds = min(self.tier.table.limits.deadline_s, self.budget.left("device_seconds"))
@@ -121,7 +122,7 @@ class Episode:
         except BaseException:
             self._settle(handle, reservation, {})
             raise
-        run = AgentRun(handle, normal_form(source), snapshot, steps, horizon, run_seed, process, reservation)
+        run = AgentRun(handle, program, snapshot, steps, horizon, run_seed, process, reservation)
         self.runs[handle] = run
         return run
 
@@ -160,7 +161,8 @@ class Episode:
         r = run.result
         used = {"device_seconds": r.device_seconds, "flops": r.flops, "tokens": r.tokens, "runs": 1.0}
         self._settle(run.handle, run.reservation, used)
-        fields = r.model_dump(exclude={"log", "train_losses"})
+        # a point's loss may be inf or nan, which JSON does not have: null
+        fields = json.loads(r.model_dump_json(exclude={"log", "train_losses"}))
         self.ledger.append("run", handle=run.handle, snapshot=run.snapshot, horizon=run.horizon, **fields)
 
     def _settle(self, handle: str, reservation: Reservation, used: dict[str, float]) -> None:
@@ -223,6 +225,7 @@ class Episode:
 
         try:
             verdict, evidence = verify(self.tier, self.backend, submission, record, on_progress)
+            seal(self.folder / "evidence" / f"{submission.id}.json", evidence.model_dump())
         except BaseException:
             # undecided: neither charged nor cached. Ctrl-C ends here too, after the reruns were cancelled.
             self._settle(submission.id, reservation, {})
@@ -230,7 +233,6 @@ class Episode:
             raise
         self._settle(submission.id, reservation, {"submissions": 1.0})
         self.budget.verification_device_seconds += verdict.device_seconds
-        seal(self.folder / "evidence" / f"{submission.id}.json", evidence.model_dump())
         self.verdicts.append(verdict)
         self._by_program[key] = verdict
         self.ledger.append("verdict", **verdict.model_dump(exclude={"cached"}))
@@ -262,13 +264,23 @@ class Episode:
             with contextlib.suppress(BackendError):
                 run.process.result()
         self.collect()
-        self.ledger.append("end", reason=reason, best=self.best, recovered=self.recovered, budget=self.budget.status())
-        self.ledger.close()
+        try:
+            fields = {"best": self.best, "recovered": self.recovered, "budget": self.budget.status()}
+            self.ledger.append("end", reason=reason, **fields)
+        finally:
+            self.ledger.close()
 
 
 def seal(path: Path, content: dict[str, Any]) -> None:
-    """Write the evidence, readable by the operator only."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "w") as file:
-        json.dump(content, file, indent=1)
+    """Write the evidence, readable by the operator only. Raises `LedgerError` and leaves no part of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(fd, "w") as file:
+                json.dump(content, file, indent=1)
+        except OSError:
+            path.unlink()
+            raise
+    except OSError as error:
+        raise LedgerError(f"cannot write {path}: {error.strerror}") from None

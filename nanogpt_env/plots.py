@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def loss_curves(path: Path, tier: Tier, runs: list[dict[str, Any]], verdicts: li
         colour = "green" if verdict["accepted"] else "red"
         axes.plot(verdict["claim"], target, mark, color=colour, label=f"claim {verdict['claim']}, {label}")
     # the interesting part is the end of the runs
-    ends = [loss for run in runs for _, loss in run["val_points"]]
+    ends = [loss for run in runs for _, loss in run["val_points"] if math.isfinite(loss)]
     if ends:
         axes.set_ylim(min([*ends, target]) - 0.05, max(ends) + 0.3)
     axes.set_xlabel("steps")

@@ -273,7 +273,10 @@ def tier_folders() -> dict[str, Path]:
     """Every tier that has a name here: built-in ones and those of installed packages."""
     folders = {name: content_root() / "envs" / name for name in builtin_tiers()}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
-        spec = util.find_spec(entry.value)
+        try:
+            spec = util.find_spec(entry.value)
+        except ImportError:  # somebody else's broken package is no reason to fail
+            continue
         if spec is not None and spec.origin:
             folders.setdefault(entry.name, Path(spec.origin).parent)
     return folders

@@ -49,19 +49,24 @@ class _Reruns:
         while len(self.running) < self.slots and self.started < self.tier.table.verification.n_max:
             self.started += 1
             self.running[self.started] = self._start()
-        seed, handle = self.running.pop(n)
+        seed, handle = self.running[n]
         try:
             result = _wait(handle, n, on_progress)
         except BackendError:
-            seed, handle = self._start()
+            self.running[n] = seed, handle = self._start()
             result = _wait(handle, n, on_progress)
+        del self.running[n]  # not before: what interrupts the wait must find it, to cancel it
         self.used_seconds += result.device_seconds
         return seed, result
 
     def _start(self) -> tuple[str, RunHandle]:
-        seed = secrets.token_hex(32)
+        seed, again = secrets.token_hex(32), secrets.token_hex(32)
         s, shard = self.submission, self.tier.table.data.hidden
-        return seed, self.backend.start(self.tier.job(s.source, s.claim, s.horizon, seed, (shard,)))
+        job = self.tier.job(s.source, s.claim, s.horizon, seed, (shard,))
+        try:
+            return seed, self.backend.start(job)
+        except BackendError:
+            return again, self.backend.start(job.model_copy(update={"seed": again}))
 
     def stop(self) -> None:
         for _, handle in self.running.values():

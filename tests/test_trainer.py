@@ -198,7 +198,8 @@ def test_the_rule_is_told_nothing_but_what_it_may_know(sealed, tier):
         "import sys, gc, numpy\n"
         "def schedule(step, horizon, optimizers):\n"
         "    if step == 3:\n"
-        "        arrays = [o for o in gc.get_objects() if torch.is_tensor(o) and o.dtype == torch.int64 and o.numel() > 64]\n"
+        "        found = [o for o in gc.get_objects() if torch.is_tensor(o) and o.dtype == torch.int64]\n"
+        "        arrays = [o for o in found if o.numel() > 64]\n"
         "        print('long tensors', len(arrays), 'argv', len(sys.argv))\n"
     )  # fmt: skip
     assert "long tensors 0 argv 2" in train(sealed, tier, source).log
@@ -354,11 +355,22 @@ def unix(name):
     s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     s.connect(name)
 attempt('abstract', lambda: unix('\\0nanogpt-test'))
-for path in ('/x', '/usr/x', '/etc/x', '/proc/sys/kernel/hostname', '/rule_host.py'):
+for path in ('/x', '/usr/x', '/etc/x', '/dev/x', '/proc/sys/kernel/core_pattern', '/rule_host.py'):
     attempt('write ' + path, lambda: open(path, 'w'))
+for folder, below, names in os.walk('/proc'):
+    below[:] = [name for name in below if name not in ('1', 'self', 'thread-self')]
+    for path in [os.path.join(folder, name) for name in names]:
+        try:
+            os.close(os.open(path, os.O_WRONLY))
+            print('write', path, 'ALLOWED')
+        except OSError:
+            pass
 attempt('fork', os.fork)
 attempt('subprocess', lambda: subprocess.run(['/bin/true']))
-attempt('fill /tmp', lambda: open('/tmp/a', 'wb', buffering=0).write(b'x' * (64 << 20)) == 64 << 20 or os.write(-1, b''))
+def fill():
+    with open('/tmp/a', 'wb', buffering=0) as f:
+        if f.write(b'x' * (64 << 20)) < 64 << 20: raise OSError(28, 'short')
+attempt('fill /tmp', fill)
 attempt('kill -1', lambda: os.kill(-1, 9))
 libc = ctypes.CDLL(None, use_errno=True)
 for name, arguments in (('memfd_create', (b'x', 0)), ('unshare', (0x10000000,)), ('ptrace', (0, 0, 0, 0))):

@@ -15,6 +15,7 @@ from nanogpt_env.content import cache_dir, content_root
 from nanogpt_env.errors import BackendError
 from nanogpt_env.types import Job, Progress, RunResult
 
+SANDBOXES = ("auto", "bubblewrap", "plain")
 CLOSE_TIMEOUT_S = 15.0
 STDERR_LINES = 30
 
@@ -125,9 +126,11 @@ class LocalRun:
 
 class LocalBackend:
     """`sandbox` is 'auto', 'bubblewrap' or 'plain'. With `warm`, the next trainer is started ahead, so
-    that its imports do not delay the next run."""
+    that its imports do not delay the next run. Raises `ValueError` for an unknown sandbox."""
 
     def __init__(self, sandbox: str = "auto", warm: bool = False) -> None:
+        if sandbox not in SANDBOXES:
+            raise ValueError(f"sandbox must be one of {', '.join(SANDBOXES)}, not {sandbox!r}")
         self.sandbox, self.warm = sandbox, warm
         self._runs: list[LocalRun] = []
         self._spare: LocalRun | None = None
