@@ -40,8 +40,15 @@ BOUNDARY_PATHS = 40_000_000
 SETTLED = 0.01
 MAX_PASSES = 3
 
+# Further than this, reruns say nothing about it.
+FAR = 0.05
+
 Report = Callable[[str, int, int], None]
 """called with (what, done, total)"""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,15 @@ class Curve:
     def crossings(self, target: float) -> list[float]:
         """For each seed, the first step at which the loss is at the target, interpolated."""
         return [_crossing(self.steps, row, target) for row in self.losses]
+
+
+@dataclass(frozen=True)
+class Reruns:
+    """Losses of one record's reruns, stopped at `claim`; both of shape (n,)."""
+
+    claim: int
+    hidden: np.ndarray[Any, np.dtype[np.float64]]
+    public: np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Runs:
@@ -125,62 +141,83 @@ def calibrate(
     value: Iterable[str] = (),
     workers: int = 1,
     fresh: bool = False,
-    report: Report = lambda what, done, total: None,
+    report: Report = _silent,
 ) -> Calibration:
     """Run everything and return the calibration. Raises `TierError` if the tier cannot be calibrated as it
     is (a record misses the target within its horizon, or fails)."""
     runs = Runs(tier, backend, workers, report, fresh)
     curves = {r.name: _curve(tier, r, runs, seeds) for r in tier.records.values()}
-    target = tier.table.training.target
-    noise: dict[str, tuple[float, int]] = {}
-    for name, curve in curves.items():
-        at = float(np.mean(curve.crossings(target)))
-        losses = [float(np.interp(at, curve.steps, row)) for row in curve.losses]
-        noise[name] = (float(np.std(losses, ddof=1)), len(losses))
-    boundary, boundary_error = boundary_of(tier, report)
-    sigma = upper_sd(noise.values())[1]
-    valued: dict[str, dict[str, Any]] = {}
-    claims: dict[str, int] = {}
+    boundary = boundary_of(tier, report)
     names = list(dict.fromkeys((tier.table.reward.start, tier.table.reward.anchor, *value)))
-    for _ in range(2):  # the reruns of the values refine sigma, and sigma the values
-        test = _test(tier, sigma, boundary)
-        for n in names:
-            claim = claims.get(n) or _claim_for(tier, test, tier.record(n), curves[n], noise[n][0])
-            valued[n] = _value(tier, test, tier.record(n), curves[n], claim, runs, reruns)
-            claims[n] = valued[n]["claim"]
-        known = {n: (v["loss_sd"], v["n"]) for n, v in valued.items()}
-        sigma = upper_sd({**noise, **known}.values())[1]
-    test = _test(tier, sigma, boundary)
-    offset = _shard_offset(tier, valued)
-    records = {
-        name: _record(test, name, curve, {**noise, **known}[name][0], valued.get(name), tier)
-        for name, curve in curves.items()
-    }
+    rerun: dict[str, Reruns] = {}
+    for name in names:
+        rerun[name] = _settle(tier, name, curves, boundary[0], runs, reruns)
     last = runs.last
+    about = {
+        "command": f"nanogpt-env tiers calibrate {tier.name} --seeds {seeds} --reruns {reruns}",
+        "versions": last.versions if last else {},
+        "hardware": last.hardware if last else {},
+        "sandbox": last.sandbox.model_dump() if last else {},
+    }
+    return assemble(tier, curves, rerun, boundary, about)
+
+
+def recompute(tier: Tier, old: Calibration, report: Report = _silent) -> Calibration:
+    """The calibration of a tier whose target, verification or budget was changed, from the losses in `old`.
+
+    Raises `TierError` if what was trained has changed, or if a value moved too far from its reruns.
+    """
+    if old.trained != tier.trained():
+        raise TierError(f"tier {tier.name}: model, data, batch or records have changed; its records must be run again")
+    curves = {
+        name: Curve(np.array(c["steps"]), np.array(c["hidden_losses"])) for name, c in old.evidence["curves"].items()
+    }
+    rerun = {
+        name: Reruns(v["claim"], np.array(v["hidden_losses"]), np.array(v["public_losses"]))
+        for name, v in old.evidence["values"].items()
+    }
+    about = {key: old.evidence[key] for key in ("command", "versions", "hardware", "sandbox")}
+    new = assemble(tier, curves, rerun, boundary_of(tier, report), about)
+    for name, r in rerun.items():
+        value = new.records[name].value or 0.0
+        if abs(value - r.claim) > FAR * r.claim:
+            raise TierError(
+                f"record {name} was rerun at step {r.claim}, but its value would now be {value:g}: run the calibration"
+            )
+    return new
+
+
+def assemble(
+    tier: Tier, curves: dict[str, Curve], rerun: dict[str, Reruns], boundary: tuple[float, float], about: dict[str, Any]
+) -> Calibration:
+    """Pure arithmetic: from losses to a calibration. `boundary` is (constant, its standard error)."""
+    target = tier.table.training.target
+    noise = _noise(curves, rerun, target)
+    test = _test(tier, _sigma(noise), boundary[0])
+    valued = {name: _value(test, curves[name], r, target) for name, r in rerun.items()}
+    records = {name: _record(test, curve, noise[name][0], valued.get(name), target) for name, curve in curves.items()}
     return Calibration(
         fingerprint=tier.fingerprint(),
-        sigma=sigma,
-        boundary=boundary,
+        trained=tier.trained(),
+        sigma=_sigma(noise),
+        boundary=boundary[0],
         boundary_level=tier.level(),
         records=records,
         power=_power(test, [r.loss_sd for r in records.values()]),
         evidence={
-            "command": f"nanogpt-env tiers calibrate {tier.name} --seeds {seeds} --reruns {reruns}",
-            "boundary_error": boundary_error,
+            **about,
+            "boundary_error": boundary[1],
             "curves": {
                 n: {"steps": c.steps.tolist(), "hidden_losses": np.round(c.losses, 6).tolist()}
                 for n, c in curves.items()
             },
             "values": valued,
-            "versions": last.versions if last else {},
-            "hardware": last.hardware if last else {},
-            "sandbox": last.sandbox.model_dump() if last else {},
         },
-        **offset,
+        **_shard_offset([rerun[n] for n in (tier.table.reward.start, tier.table.reward.anchor)]),
     )
 
 
-def boundary_of(tier: Tier, report: Report = lambda what, done, total: None) -> tuple[float, float]:
+def boundary_of(tier: Tier, report: Report = _silent) -> tuple[float, float]:
     """(constant C of the sequential test, rounded up by two standard errors; its standard error)."""
     report("boundary", 0, 1)
     v = tier.table.verification
@@ -231,44 +268,45 @@ def _test(tier: Tier, sigma: float, boundary: float) -> SequentialTest:
     return SequentialTest.for_tier(target, sigma, tier.level(), v.n_min, v.n_max, boundary)
 
 
-def _value(
-    tier: Tier, test: SequentialTest, record: HumanRecord, curve: Curve, claim: int, runs: Runs, reruns: int
-) -> dict[str, Any]:
-    """The claim that verification accepts with power 0.9, from reruns at (about) that claim."""
-    data, target = tier.table.data, tier.table.training.target
-    for passes in range(1, MAX_PASSES + 1):
+def _noise(curves: dict[str, Curve], rerun: dict[str, Reruns], target: float) -> dict[str, tuple[float, int]]:
+    """(sd of the hidden loss, n) of each record: from its reruns, else from its curves at the target."""
+    noise = {}
+    for name, curve in curves.items():
+        if name in rerun:
+            losses = rerun[name].hidden
+        else:
+            at = float(np.mean(curve.crossings(target)))
+            losses = np.array([np.interp(at, curve.steps, row) for row in curve.losses])
+        noise[name] = (float(losses.std(ddof=1)), len(losses))
+    return noise
+
+
+def _sigma(noise: dict[str, tuple[float, int]]) -> float:
+    return upper_sd(noise.values())[1]
+
+
+def _settle(tier: Tier, name: str, curves: dict[str, Curve], boundary: float, runs: Runs, reruns: int) -> Reruns:
+    """Reruns of a record at (about) the claim that verification accepts with power 0.9."""
+    data, target, record = tier.table.data, tier.table.training.target, tier.record(name)
+    noise = _noise(curves, {}, target)
+    claim = _first_claim(
+        curves[name], target - margin_for_power(_test(tier, _sigma(noise), boundary), noise[name][0]), record
+    )
+    for _ in range(MAX_PASSES):
         job = tier.job(record.source, claim, record.horizon, "", (data.hidden, data.public))
-        results = runs.get(f"{record.name}: value at step {claim}", job, reruns)
-        hidden = np.array([r.val_losses[data.hidden] for r in results])
-        public = np.array([r.val_losses[data.public] for r in results])
-        sd = float(hidden.std(ddof=1))
-        slope = curve.slope_at(claim)
-        needed = margin_for_power(test, sd, POWER)
-        value = claim + (needed - (target - float(hidden.mean()))) / slope
-        if abs(value - claim) <= max(1.0, SETTLED * claim) or passes == MAX_PASSES:
+        results = runs.get(f"{name}: value at step {claim}", job, reruns)
+        hidden, public = (np.array([r.val_losses[shard] for r in results]) for shard in (data.hidden, data.public))
+        found = Reruns(claim, hidden, public)
+        test = _test(tier, _sigma(_noise(curves, {name: found}, target)), boundary)
+        value = _value(test, curves[name], found, target)["value"]
+        if abs(value - claim) <= max(1.0, SETTLED * claim):
             break
         claim = min(round(value), record.horizon)
-    # two sources of error: the mean, and the sd through the margin that it asks for
-    up, down = (margin_for_power(test, sd * f, POWER) for f in (1 + 0.05, 1 - 0.05))
-    sd_error = sd / math.sqrt(2 * (reruns - 1))
-    error = math.hypot(sd / math.sqrt(reruns), (up - down) / (0.1 * sd) * sd_error) / slope
-    return {
-        "claim": claim,
-        "n": len(results),
-        "value": value,
-        "error": error,
-        "loss_mean": float(hidden.mean()),
-        "loss_sd": sd,
-        "slope": slope,
-        "margin_for_power": needed,
-        "hidden_losses": np.round(hidden, 6).tolist(),
-        "public_losses": np.round(public, 6).tolist(),
-    }
+    return found
 
 
-def _claim_for(tier: Tier, test: SequentialTest, record: HumanRecord, curve: Curve, sd: float) -> int:
-    """A first guess, from the curve's few seeds."""
-    loss = tier.table.training.target - margin_for_power(test, sd, POWER)
+def _first_claim(curve: Curve, loss: float, record: HumanRecord) -> int:
+    """Where the curve's few seeds reach `loss` on average."""
     mean = curve.losses.mean(axis=0)
     if mean[-1] > loss:
         raise TierError(
@@ -278,23 +316,41 @@ def _claim_for(tier: Tier, test: SequentialTest, record: HumanRecord, curve: Cur
     return math.ceil(_crossing(curve.steps, mean, loss))
 
 
-def _shard_offset(tier: Tier, valued: dict[str, dict[str, Any]]) -> dict[str, float]:
-    start, anchor = (valued[n] for n in (tier.table.reward.start, tier.table.reward.anchor))
-    per_record = [np.subtract(v["public_losses"], v["hidden_losses"]) for v in (start, anchor)]
-    means = [float(d.mean()) for d in per_record]
+def _value(test: SequentialTest, curve: Curve, rerun: Reruns, target: float) -> dict[str, Any]:
+    """The claim accepted with power 0.9, by the reruns' loss and the curve's slope; with its standard error."""
+    n, mean, sd = len(rerun.hidden), float(rerun.hidden.mean()), float(rerun.hidden.std(ddof=1))
+    slope, needed = curve.slope_at(rerun.claim), margin_for_power(test, sd, POWER)
+    # two sources of error: the mean, and the sd through the margin that it asks for
+    up, down = (margin_for_power(test, sd * f, POWER) for f in (1.05, 0.95))
+    sd_error = sd / math.sqrt(2 * (n - 1))
+    return {
+        "claim": rerun.claim,
+        "n": n,
+        "value": rerun.claim + (needed - (target - mean)) / slope,
+        "error": math.hypot(sd / math.sqrt(n), (up - down) / (0.1 * sd) * sd_error) / slope,
+        "loss_mean": mean,
+        "loss_sd": sd,
+        "slope": slope,
+        "margin_for_power": needed,
+        "hidden_losses": np.round(rerun.hidden, 6).tolist(),
+        "public_losses": np.round(rerun.public, 6).tolist(),
+    }
+
+
+def _shard_offset(reruns: list[Reruns]) -> dict[str, float]:
+    per_record = [r.public - r.hidden for r in reruns]
     within = [float(d.var(ddof=1)) for d in per_record]
     errors = [w / len(d) for w, d in zip(within, per_record, strict=True)]
     return {
-        "shard_offset": sum(means) / 2,
-        "shard_offset_error": math.sqrt(sum(errors)) / 2,
-        "shard_offset_sd": math.sqrt(sum(within) / 2),
+        "shard_offset": float(np.mean([d.mean() for d in per_record])),
+        "shard_offset_error": math.sqrt(sum(errors)) / len(errors),
+        "shard_offset_sd": math.sqrt(sum(within) / len(within)),
     }
 
 
 def _record(
-    test: SequentialTest, name: str, curve: Curve, sd: float, value: dict[str, Any] | None, tier: Tier
+    test: SequentialTest, curve: Curve, sd: float, value: dict[str, Any] | None, target: float
 ) -> RecordCalibration:
-    target = tier.table.training.target
     crossings = curve.crossings(target)
     # with a value: its reruns correct the few curves' mean at the claim
     shift = value["loss_mean"] - curve.mean_at(value["claim"]) if value else 0.0

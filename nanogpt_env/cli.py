@@ -239,7 +239,9 @@ def tiers_calibrate(
     value: Annotated[list[str] | None, typer.Option(help="Value this record too; may be repeated.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time; each takes one core.")] = 1,
     fresh: Annotated[bool, typer.Option(help="Forget the finished runs of an earlier calibration.")] = False,
-    boundary_only: Annotated[bool, typer.Option(help="Only recompute the test's boundary; trains nothing.")] = False,
+    recompute: Annotated[
+        bool, typer.Option(help="After a change of target, verification or budget: reuse the losses, train nothing.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the calibration, write nothing.")] = False,
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
@@ -255,11 +257,8 @@ def tiers_calibrate(
     backend = LocalBackend(sandbox, warm=True)
     try:
         with display.watch_counts() as counts:
-            if boundary_only:
-                old = load_calibration(loaded.folder)
-                constant, _ = calibrate.boundary_of(loaded, counts)
-                update = {"boundary": constant, "boundary_level": loaded.level(), "fingerprint": loaded.fingerprint()}
-                measured = old.model_copy(update=update)
+            if recompute:
+                measured = calibrate.recompute(loaded, load_calibration(loaded.folder), counts)
             else:
                 measured = calibrate.calibrate(
                     loaded, backend, seeds=seeds, reruns=reruns, value=value or (), workers=workers, fresh=fresh,

@@ -161,9 +161,9 @@ class Speedrun(gymnasium.Env[Observation, Any]):
     def checkpoint(self) -> dict[str, Any]:
         """Workspace and history as JSON-ready data. Meters, runs and verdicts are not part of it: they
         belong to the episode and only grow."""
-        w = self.workspace
+        episode, w = self.episode, self.workspace
         return {
-            "episode": self.episode.id,
+            "episode": episode.id,
             "files": dict(w.files),
             "notes": w.notes,
             "snapshots": {name: dict(files) for name, files in w.snapshots.items()},

@@ -133,6 +133,9 @@ class Calibration(Record):
     """`calibration.json`, written by `nanogpt-env tiers calibrate`; `evidence` holds every loss."""
 
     fingerprint: str
+    """of all that the calibration depends on"""
+    trained: str
+    """of what its runs depend on: model, data, batch, records"""
     sigma: Positive
     """scale of the test's constants, nats"""
     boundary: Positive
@@ -250,19 +253,28 @@ class Tier(BaseModel):
         matmul_weights = m.layers * 12 * m.width**2 + m.vocab_size * m.width
         return self.tokens_per_step() * (6 * matmul_weights + 12 * m.layers * m.width * m.seq_len)
 
-    def fingerprint(self) -> str:
-        """Hash of all that the calibration depends on."""
+    def trained(self) -> str:
+        """Hash of all that a record's losses depend on."""
         t = self.table
         content = {
             "model": t.model.model_dump(),
             "data": t.data.model_dump(),
-            "training": {"batch_size": t.training.batch_size, "target": t.training.target},
-            "verification": t.verification.model_dump(exclude={"slots"}),
+            "batch_size": t.training.batch_size,
             "records": {r.name: [r.horizon, r.source] for r in self.records.values()},
-            "valued": [t.reward.start, t.reward.anchor],
         }
         manifest = (self.corpus_folder() / "manifest.json").read_bytes()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode() + manifest).hexdigest()[:16]
+
+    def fingerprint(self) -> str:
+        """Hash of all that the calibration depends on."""
+        t = self.table
+        content = {
+            "trained": self.trained(),
+            "target": t.training.target,
+            "verification": t.verification.model_dump(exclude={"slots"}),
+            "valued": [t.reward.start, t.reward.anchor],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def builtin_tiers() -> list[str]:
@@ -363,7 +375,7 @@ def _check_calibration(tier: Tier) -> None:
     if abs(c.boundary_level / tier.level() - 1) > 1e-9:
         raise TierError(
             f"tier {tier.name}: the boundary was computed for level {c.boundary_level:g} but alpha / submissions "
-            f"is {tier.level():g}: {way_out} --boundary-only"
+            f"is {tier.level():g}: {way_out} --recompute"
         )
     tier.test()
     start, anchor = (tier.value_of(r) for r in (tier.table.reward.start, tier.table.reward.anchor))

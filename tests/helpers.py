@@ -42,6 +42,7 @@ def calibration(fingerprint="none", names=("adamw", "normuon"), **changes):
     values = {"adamw": START, "normuon": ANCHOR}
     fields = {
         "fingerprint": fingerprint,
+        "trained": "0" * 16,
         "sigma": SIGMA,
         "boundary": BOUNDARY,
         "boundary_level": LEVEL,

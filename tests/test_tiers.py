@@ -231,7 +231,7 @@ def test_what_calibration_does_not_rest_on_may_change(folder, key, line):
 
 def test_another_number_of_submissions_needs_another_boundary(folder):
     replace_line(folder / "env.toml", "submissions", "submissions = 3")
-    refused(folder, "boundary", "submissions", "--boundary-only")
+    refused(folder, "boundary", "submissions", "--recompute")
 
 
 def test_a_boundary_too_small_for_the_level(folder):

@@ -15,10 +15,17 @@ from nanogpt_env.verify import Submission, coarse, verify
 TIER = load_tier(TINY)
 TEST = TIER.test()
 SUBMISSION = Submission("submission-1", "abc", "def configure(params, horizon): ...", 60, 80)
-ACCEPTED = [4.5 + 0.01 * (i % 3) for i in range(6)]
-FUTILE = [5.1, 5.0, 5.0]
-UNDECIDED = [4.97, 4.965, 4.972, 4.968, 4.975, 4.971]
-LATE_FUTILE = [4.95, 4.96, 5.04, 5.05, 5.0, 5.0]
+
+
+def below(*sigmas):
+    """Losses so many sigmas below the target."""
+    return [TEST.target - x * TIER.measured.sigma for x in sigmas]
+
+
+ACCEPTED = below(16, 15.5, 15, 16, 15.5, 15)
+FUTILE = below(-3, 0, 0)
+UNDECIDED = below(1.0, 1.2, 0.9, 1.1, 0.8, 1.0)
+LATE_FUTILE = below(1.7, 1.4, -1.4, -1.7, 0, 0)
 
 
 def one_slot(tier=TIER):
