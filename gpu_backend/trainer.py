@@ -93,7 +93,8 @@ class Cancel:
     def watch(self) -> None:
         sys.stdin.readline()
         self.called = True
-        sandbox.kill_pid(self.process.pid)
+        if self.process.launcher.poll() is None:  # else its number may be somebody else's by now
+            sandbox.kill_pid(self.process.pid)
 
 
 def emit(event: str, **fields: Any) -> None:

@@ -33,16 +33,18 @@ class LadderAgent:
 
     @staticmethod
     def _actions(tier: Tier) -> Iterator[Action]:
-        names = list(tier.records)
-        start, anchor = (names.index(n) for n in (tier.table.reward.start, tier.table.reward.anchor))
+        reward, measured = tier.table.reward, tier.measured.records
+        sure = [n for n in tier.records if measured[n].claim is not None and n not in (reward.start, reward.anchor)]
+        middle = sure[len(sure) // 2 : len(sure) // 2 + 1]
         yield ReadFile(path="task.md")
-        for name in dict.fromkeys((names[(start + anchor) // 2], names[anchor])):
-            record, measured = tier.records[name], tier.measured.records[name]
+        yield Run(horizon=tier.records[reward.start].horizon)
+        for name in (*middle, reward.anchor):
+            record = tier.records[name]
             yield WriteFile(path=SOURCE, text=record.source)
             yield Run(horizon=record.horizon)
-            if name == names[anchor]:
-                yield Submit(claim=round(OVERCLAIM * measured.steps_mean), horizon=record.horizon)
-            yield Submit(claim=measured.claim, horizon=record.horizon)
+            if name == reward.anchor:
+                yield Submit(claim=round(OVERCLAIM * measured[name].steps_mean), horizon=record.horizon)
+            yield Submit(claim=measured[name].claim or record.horizon, horizon=record.horizon)
         yield Stop()
 
 

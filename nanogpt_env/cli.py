@@ -20,7 +20,6 @@ from pydantic_core import to_json
 from rich.table import Table
 
 from nanogpt_env import content, display
-from nanogpt_env.actions import Run, Submit, WriteFile
 from nanogpt_env.backends.local import SANDBOXES, LocalBackend, sandbox_report
 from nanogpt_env.display import console, errors
 from nanogpt_env.env import Speedrun, StepResult
@@ -64,7 +63,6 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        errors.print("interrupted; nothing is left running")
         code = INTERRUPTED
     except BackendError as error:
         code = _fail(error, OURS)
@@ -74,6 +72,8 @@ def main() -> NoReturn:
         if not hasattr(error, "format_message"):  # not one of click's usage errors
             raise
         code = _fail(error.format_message(), MISUSE)
+    if code == INTERRUPTED:  # some versions of typer make this of a KeyboardInterrupt themselves
+        errors.print("interrupted; nothing is left running")
     sys.exit(code or 0)
 
 
@@ -84,6 +84,11 @@ def _interrupt(*_: object) -> None:
 def _fail(error: object, code: int) -> int:
     errors.print(f"nanogpt-env: {error}", markup=False, soft_wrap=True)
     return code
+
+
+def _say(text: str) -> None:
+    """Text as it is: no markup, and no line breaks that would cut a path in two."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _print_json(content: object) -> None:
@@ -113,11 +118,11 @@ def _load(env: Speedrun, folder: Path) -> None:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{path} is not UTF-8 text: {error}") from None
-    _step(env, WriteFile(path=SOURCE, text=text))
+    _step(env, {"type": "write_file", "path": SOURCE, "text": text})
 
 
-def _step(env: Speedrun, action: Any) -> StepResult:
-    """A step whose refusal is the user's mistake."""
+def _step(env: Speedrun, action: dict[str, Any]) -> StepResult:
+    """A step whose refusal is the user's mistake; as a dict, so that numbers out of range are refused too."""
     result = env.step(action)
     if kind := result[4].get("error"):
         if kind == "BackendError":
@@ -162,7 +167,7 @@ def doctor(as_json: JsonOption = False) -> int:
         table.add_row("sandbox auto", found["sandboxes"]["auto"])
         console.print(table)
         for line in advice:
-            console.print(f"- {line}", markup=False)
+            _say(f"- {line}")
     return REJECTED if not found["torch"] else 0
 
 
@@ -215,7 +220,7 @@ def tiers_show(tier: Annotated[str, typer.Argument(help="Name or path.")], as_js
         calibration = c.model_dump(exclude={"evidence"})
         _print_json({**_tier_row(loaded), "settings": loaded.table.model_dump(), "calibration": calibration})
         return 0
-    console.print(f"{loaded.name}: {loaded.table.summary}\n{loaded.folder}", markup=False)
+    _say(f"{loaded.name}: {loaded.table.summary}\n{loaded.folder}")
     table = Table("record", "technique", "steps to target", "value", "horizon")
     for name, record in loaded.records.items():
         m = c.records[name]
@@ -291,7 +296,7 @@ def new(
     if as_json:
         _print_json({"folder": str(folder), "files": list(files)})
         return 0
-    console.print(f"{folder}: edit {SOURCE}, then: nanogpt-env run {folder} --tier {tier}", markup=False)
+    _say(f"{folder}: edit {SOURCE}, then: nanogpt-env run {folder} --tier {tier}")
     return 0
 
 
@@ -308,11 +313,11 @@ def run(
     """Train a candidate once, with validation on the public shard."""
     with _environment(tier, sandbox) as env:
         _load(env, folder)
-        observation, _, _, _, info = _step(env, Run(horizon=horizon, steps=steps, seed=seed))
+        observation, _, _, _, info = _step(env, {"type": "run", "horizon": horizon, "steps": steps, "seed": seed})
         if as_json:
             _print_json(info["run"])
         else:
-            console.print(observation["text"], markup=False)
+            _say(observation["text"])
         return 0 if info["run"]["exit_reason"] == "completed" else REJECTED
 
 
@@ -331,12 +336,12 @@ def submit(
         horizon = horizon or max(claim or 0, env.tier.record(env.tier.table.reward.start).horizon)
         if claim is None:
             _scout(env, horizon)
-        observation, reward, _, _, info = _step(env, Submit(claim=claim, horizon=horizon))
+        observation, reward, _, _, info = _step(env, {"type": "submit", "claim": claim, "horizon": horizon})
         verdict = info["verdict"]
         if as_json:
             _print_json({**verdict, "reward": reward, "recovered": info["recovered"], "ledger": info["ledger"]})
         else:
-            console.print(observation["text"], f"ledger: {info['ledger']}", sep="\n", markup=False)
+            _say(f"{observation['text']}\nledger: {info['ledger']}")
         return 0 if verdict["accepted"] else REJECTED
 
 
@@ -344,7 +349,7 @@ def _scout(env: Speedrun, horizon: int) -> None:
     """Run the candidate until its runs support a claim."""
     source = env.workspace.files[SOURCE]
     for i in range(SCOUT_RUNS):
-        observation, _, _, _, info = _step(env, Run(horizon=horizon))
+        observation, _, _, _, info = _step(env, {"type": "run", "horizon": horizon})
         if info["run"]["exit_reason"] != "completed":
             raise typer.BadParameter(observation["text"])
         advice = env.episode.advice(source, horizon)
@@ -374,7 +379,7 @@ def play(
         if not as_json:
             shown = text if name in ("run", "submit", "stop") else text.strip().split("\n")[0]
             console.print(f"> {name}", style="bold")
-            console.print(shown, markup=False)
+            _say(shown)
 
     with _environment(tier, sandbox, output) as env:
         played = play_episode(env, AGENTS[agent](env.tier), say)
@@ -419,11 +424,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
         table.add_row(v["submission"], str(v["claim"]), state, str(v["n"]), str(v["trusted"]).lower())
     console.print(table)
     used = summary["budget"]["device_seconds"]["spent"]
-    console.print(
+    _say(
         f"frontier {summary['best_steps']:g} steps, recovered {summary['recovered']:.3f} of the human speedup\n"
         f"device_seconds: {used:.1f} for runs, {summary['verification_device_seconds']:.1f} for verification\n"
-        f"ledger: {summary['ledger']}\npicture: {summary['picture'] or 'none'}",
-        markup=False,
+        f"ledger: {summary['ledger']}\npicture: {summary['picture'] or 'none'}"
     )
 
 
@@ -444,5 +448,5 @@ def replay(ledger: Annotated[Path, typer.Argument(help="A ledger.jsonl.")], as_j
         console.print(f"{found.tier}: best {found.best:g} steps, recovered {found.recovered:.4f}")
         for line in [found.recovered_line, *found.differences]:
             if line:
-                console.print(f"! {line}", markup=False)
+                _say(f"! {line}")
     return REJECTED if found.differences else 0

@@ -123,8 +123,9 @@ class RecordCalibration(Record):
     value_error: float | None = None
     """standard error of `value`, steps"""
     value_n: int = 0
-    claim: int
-    """a claim with slack, for demonstrations: predicted to fail less than once in a thousand times"""
+    claim: int | None
+    """a claim with slack, for demonstrations: predicted to fail less than once in a thousand times; None if the
+    record's horizon has no room for one"""
     loss_sd: float
     """sd of the hidden loss over reruns, nats"""
 
