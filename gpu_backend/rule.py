@@ -38,6 +38,7 @@ from sandbox import Process
 
 WINDOW = 20  # steps over which rule time is compared with forward + backward
 WINDOW_MIN = 5
+MAX_THREADS = 64
 
 
 class RunFailed(Exception):
@@ -102,7 +103,7 @@ class IsolatedRule:
     def __init__(self, process: Process, flat: Flat, source: str, horizon: int, seed: int, limits: Limits) -> None:
         self.process, self.flat, self.limits = process, flat, limits
         self.started = time.monotonic()
-        self.total_rule_s = self.total_forward_backward_s = 0.0
+        self.total_rule_s = self.total_forward_backward_s = self._waited = 0.0
         self._window: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         section = -(-flat.params.numel() * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
         fd = _shared_file(3 * section)
@@ -125,6 +126,7 @@ class IsolatedRule:
                 "horizon": horizon,
                 "seed": seed,
                 "memory_bytes": limits.memory_bytes,
+                "threads": MAX_THREADS if process.info.trusted else 0,
             }
             self._send_setup(json.dumps(message).encode(), fd)
         finally:
@@ -151,7 +153,12 @@ class IsolatedRule:
         if not self.has_readout:
             return self.flat.params
         self._ask(READOUT, 0, self.limits.stall_s)
-        self._cpu = self._cpu_seconds()  # evaluation points are not steps: their time is not counted
+        # What it costs is in the next step's time; at the end there is none, so it may cost what a window may.
+        rule, ours = self._cpu_seconds() - self._cpu, sum(ours for _, ours in self._window)
+        if len(self._window) >= WINDOW_MIN and rule > self.limits.rule_time * ours:
+            raise RunFailed(
+                "rule_too_slow", f"readout took {rule:.2f} s of CPU time, {len(self._window)} steps {ours:.2f} s"
+            )
         return self._readout.clone()
 
     def _check_time(self, step: int, rule_s: float, forward_backward_s: float) -> None:
@@ -171,9 +178,9 @@ class IsolatedRule:
             )
 
     def _cpu_seconds(self) -> float:
-        """CPU time of all threads of the rule's process, read from the kernel."""
+        """CPU time of all threads of the rule's process, read from the kernel; elsewhere the time it was waited for."""
         if not sys.platform.startswith("linux"):
-            return time.monotonic()
+            return self._waited
         try:
             return time.clock_gettime(~self.process.pid << 3 | 2)  # CPUCLOCK_SCHED of that process
         except OSError:
@@ -193,7 +200,9 @@ class IsolatedRule:
             self.process.control.sendall(FRAME.pack(command, step))
         except OSError:
             raise RunFailed("rule_exited", "the rule's process ended") from None
+        began = time.monotonic()
         status = self._reply(timeout)
+        self._waited += time.monotonic() - began
         if status != DONE:
             raise RunFailed("rule_protocol", f"unexpected answer {status}")
 

@@ -46,7 +46,7 @@ def main() -> None:
     if message is None:
         return
     spec, source = message["spec"], message["source"]
-    _limit(message["memory_bytes"])
+    _limit(message["memory_bytes"], message["threads"])
     shared = mmap.mmap(fds[0], spec["bytes"])
     torch.manual_seed(message["seed"])
     try:
@@ -84,8 +84,11 @@ def _receive_setup(control: socket.socket) -> tuple[dict[str, Any] | None, list[
     return message, fds
 
 
-def _limit(memory_bytes: int) -> None:
-    """Cap address space (over what torch has mapped already), file sizes, open files, core dumps."""
+def _limit(memory_bytes: int, threads: int) -> None:
+    """Cap address space (over what torch has mapped already), file sizes, open files, core dumps; and threads in a
+    user namespace of our own (0: not). The kernel does not count root's threads."""
+    if threads:
+        resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
     with open("/proc/self/statm") if sys.platform.startswith("linux") else open("/dev/null") as statm:
         mapped = int((statm.read().split() or ["0"])[0]) * mmap.PAGESIZE
     if mapped:

@@ -63,6 +63,9 @@ class Process:
             # under bubblewrap the rule is init of its pid namespace: its death kills all that is in it
             for pid in {self.pid, self.launcher.pid}:
                 kill_pid(pid)
+            if self.info.name == "plain":
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.launcher.pid, signal.SIGKILL)  # where orphans cannot be adopted (macOS)
             self.launcher.wait(KILL_TIMEOUT_S)
         if self.info.name == "plain":
             _kill_orphans()
@@ -96,7 +99,7 @@ def _children(parent: int) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # ended meanwhile
-            fields = entry.read_text().rpartition(")")[2].split()
+            fields = entry.read_text(errors="replace").rpartition(")")[2].split()
             if int(fields[1]) == parent:
                 found.append(int(entry.parent.name))
     return found
@@ -148,11 +151,12 @@ def _bubblewrap_options(hidden: list[Path]) -> list[str]:
     return [
         "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
         "--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv",
-        "--cap-drop", "ALL", *_mounts(hidden), "--ro-bind", str(HOST), HOST_INSIDE,
+        # scratch first: an interpreter below /tmp is mounted over it
+        "--cap-drop", "ALL", "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp",
+        *_mounts(hidden), "--ro-bind", str(HOST), HOST_INSIDE,
         # read-only as a mount: started by root, the candidate owns /proc/sys by uid, core_pattern included
         "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
-        "--size", str(SCRATCH_BYTES), "--tmpfs", "/dev/shm",
-        "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp",
+        "--size", str(SCRATCH_BYTES), "--tmpfs", "/dev/shm", "--remount-ro", "/", "--chdir", "/tmp",
     ]  # fmt: skip
 
 
@@ -173,7 +177,8 @@ def _run_probe(binary: str) -> str:
         fd = _seccomp_fd()
     except OSError as error:
         return str(error)
-    command = [binary, *_bubblewrap_options([]), "--seccomp", str(fd), "--", "/usr/bin/true"]
+    # the interpreter itself, so that a mount that hides it is found here
+    command = [binary, *_bubblewrap_options([]), "--seccomp", str(fd), "--", sys.executable, "-I", "-S", "-c", ""]
     try:
         done = subprocess.run(command, capture_output=True, pass_fds=[fd], timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

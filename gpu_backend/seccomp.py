@@ -15,12 +15,13 @@ import struct
 _LOAD, _JUMP_EQ, _JUMP_GE, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _OFFSET_NR, _OFFSET_ARCH, _OFFSET_ARG0 = 0, 4, 16
-_CLONE_THREAD, _AF_UNIX = 0x00010000, 1
+_CLONE_THREAD, _AF_UNIX, _PR_SET_PDEATHSIG = 0x00010000, 1, 1
 _X32_BIT = 0x40000000
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _SOCKET = {"x86_64": 41, "aarch64": 198}
+_PRCTL = {"x86_64": 157, "aarch64": 167}
 _CLONE3 = 435
 # name: (x86_64, aarch64); None where the architecture has no such call
 _DENIED: dict[str, tuple[int | None, int | None]] = {
@@ -79,6 +80,13 @@ def program(machine: str | None = None) -> bytes:
         _op(_JUMP_EQ, _CLONE[machine], 0, 4),
         _op(_LOAD, _OFFSET_ARG0),
         _op(_JUMP_SET, _CLONE_THREAD, 1, 0),
+        _op(_RETURN, _ERRNO | errno.EPERM),
+        _op(_RETURN, _ALLOW),
+    ]
+    code += [  # prctl: not the signal that ends the candidate when its trainer dies
+        _op(_JUMP_EQ, _PRCTL[machine], 0, 4),
+        _op(_LOAD, _OFFSET_ARG0),
+        _op(_JUMP_EQ, _PR_SET_PDEATHSIG, 0, 1),
         _op(_RETURN, _ERRNO | errno.EPERM),
         _op(_RETURN, _ALLOW),
     ]

@@ -19,6 +19,7 @@ import resource
 import sys
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,8 @@ def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel) -> 
 
     started = time.monotonic()
     result = Result(sandbox=asdict(process.info), versions=_versions(), hardware=_hardware())
+    training = Training(job, result, lambda: cancel.called)  # what it raises is the job's fault, no candidate's
     try:
-        training = Training(job, result, lambda: cancel.called)
         rule = IsolatedRule(
             process,
             training.flat,
@@ -131,12 +132,18 @@ def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel) -> 
         training.evaluate_all(evaluated)
     except RunFailed as failure:
         result.exit_reason, result.detail = failure.reason, str(failure)
+    except Exception as error:
+        # Once candidate code has run, a fault of ours counts against it: it may know how to cause one, and a
+        # rerun that is void when it goes badly would be a free choice among seeds.
+        traceback.print_exc()
+        result.exit_reason, result.detail = "trainer_error", f"the trainer failed: {type(error).__name__}"
     finally:
         process.kill()
     if cancel.called:
         result.exit_reason, result.detail = "cancelled", "the run was cancelled"
     result.log = log.text()
-    result.trainer_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    result.trainer_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     result.device_seconds = time.monotonic() - started
     return result
 
@@ -148,7 +155,8 @@ def _progress(job: Job, result: Result) -> dict[str, Any]:
 
 def _peak_bytes(pid: int) -> int:
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        # the process's name is the candidate's to choose: any bytes
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:
         return 0
     lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
@@ -184,6 +192,7 @@ def main() -> int:
     parser.add_argument("--hide", action="append", default=[], help="folder no candidate may see")
     args = parser.parse_args()
     sandbox.adopt_orphans()
+    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # the job's, whatever the locale
     log = BoundedLog()
     hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
     try:
@@ -196,7 +205,6 @@ def main() -> int:
         import torch
 
         torch.set_num_threads(1)
-        emit("ready", sandbox=asdict(process.info))
         line = sys.stdin.readline()
         if not line:
             return 0  # a warm trainer that was not needed

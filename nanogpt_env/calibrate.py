@@ -97,7 +97,8 @@ class Runs:
 
     def get(self, what: str, job: Job, count: int) -> list[RunResult]:
         """`count` completed runs of `job`, each with a fresh seed. Raises `TierError` if one fails."""
-        key = hashlib.sha256(job.model_dump_json(exclude={"seed", "cache", "corpus", "limits"}).encode())
+        content = job.model_dump_json(exclude={"seed", "cache", "corpus", "limits"}) + self.tier.manifest()
+        key = hashlib.sha256(content.encode())
         done = self._kept(key.hexdigest())[:count]
         if done:
             self.last = done[-1]

@@ -20,6 +20,8 @@ class ClaimAdvice(Record):
 
     claim: int | None
     power: float = 0.0
+    hopeless: bool = False
+    """true if no number of runs would make a claim likely to be accepted"""
     text: str
 
 
@@ -69,4 +71,4 @@ def advise(tier: Tier, runs: Sequence[RunResult]) -> ClaimAdvice:
     else:
         more = max(1, math.ceil(needed / information) - len(runs))
         text = f"{more} more run(s) at this horizon would tell whether step {steps[best]} can be claimed"
-    return ClaimAdvice(claim=None, text=text)
+    return ClaimAdvice(claim=None, hopeless=needed is None, text=text)

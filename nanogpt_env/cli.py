@@ -24,7 +24,7 @@ from nanogpt_env.backends.local import SANDBOXES, LocalBackend, sandbox_report
 from nanogpt_env.display import console, errors
 from nanogpt_env.env import Speedrun, StepResult
 from nanogpt_env.episode import SOURCE
-from nanogpt_env.errors import BackendError, NanoGPTError, TierError
+from nanogpt_env.errors import BackendError, JudgeError, NanoGPTError, TierError
 from nanogpt_env.tiers import CALIBRATION, Tier, load_calibration, load_tier, tier_folders
 
 REJECTED, MISUSE, OURS, INTERRUPTED = 1, 2, 3, 130
@@ -64,6 +64,8 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
+    except JudgeError as error:
+        code = _fail(error, REJECTED)
     except BackendError as error:
         code = _fail(error, OURS)
     except (NanoGPTError, OSError) as error:
@@ -82,6 +84,8 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(error: object, code: int) -> int:
+    if "--json" in sys.argv:
+        _print_json({"error": str(error), "exit_code": code} | ({"accepted": False} if code == REJECTED else {}))
     errors.print(f"nanogpt-env: {error}", markup=False, soft_wrap=True)
     return code
 
@@ -127,6 +131,8 @@ def _step(env: Speedrun, action: dict[str, Any]) -> StepResult:
     if kind := result[4].get("error"):
         if kind == "BackendError":
             raise BackendError(result[0]["text"])
+        if kind == "JudgeError":
+            raise JudgeError(result[0]["text"])
         raise typer.BadParameter(result[0]["text"])
     return result
 
@@ -259,7 +265,7 @@ def tiers_calibrate(
 
     loaded = load_tier(tier, calibrated=False)
     path = loaded.folder / CALIBRATION
-    backend = LocalBackend(sandbox, warm=True)
+    backend = LocalBackend(sandbox, warm=True, hidden=(loaded.folder, loaded.corpus_folder()))
     try:
         with display.watch_counts() as counts:
             if recompute:
@@ -305,7 +311,9 @@ def run(
     folder: DirArgument,
     tier: TierOption,
     steps: Annotated[int | None, typer.Option(min=1, help="Where to stop. Default: the horizon.")] = None,
-    horizon: Annotated[int | None, typer.Option(min=1, help="Schedule length. Default: the start record's.")] = None,
+    horizon: Annotated[
+        int | None, typer.Option(min=1, help="Schedule length. Default: --steps, else the start record's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Repeat a run exactly. Default: a fresh seed.")] = None,
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
@@ -326,14 +334,16 @@ def submit(
     folder: DirArgument,
     tier: TierOption,
     claim: Annotated[int | None, typer.Option(min=1, help="Steps. Default: what a few runs support.")] = None,
-    horizon: Annotated[int | None, typer.Option(min=1, help="Schedule length. Default: the start record's.")] = None,
+    horizon: Annotated[
+        int | None, typer.Option(min=1, help="Schedule length. Default: the claim, else the start record's.")
+    ] = None,
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
 ) -> int:
     """Verify that a candidate reaches the target at its claim. Exit code 0: accepted, 1: rejected."""
     with _environment(tier, sandbox) as env:
         _load(env, folder)
-        horizon = horizon or max(claim or 0, env.tier.record(env.tier.table.reward.start).horizon)
+        horizon = horizon or claim or env.tier.record(env.tier.table.reward.start).horizon
         if claim is None:
             _scout(env, horizon)
         observation, reward, _, _, info = _step(env, {"type": "submit", "claim": claim, "horizon": horizon})
@@ -351,11 +361,14 @@ def _scout(env: Speedrun, horizon: int) -> None:
     for i in range(SCOUT_RUNS):
         observation, _, _, _, info = _step(env, {"type": "run", "horizon": horizon})
         if info["run"]["exit_reason"] != "completed":
-            raise typer.BadParameter(observation["text"])
+            raise JudgeError(f"the candidate's run did not complete\n{observation['text']}")
         advice = env.episode.advice(source, horizon)
         errors.print(f"run {i + 1}: {advice.text}", markup=False)
-        if advice.claim is not None or "no number of runs" in advice.text:
+        if advice.claim is not None:
             return
+        if advice.hopeless:
+            break
+    raise JudgeError(f"no claim can be made: {advice.text}")
 
 
 @app.command()

@@ -70,7 +70,9 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         self.observation_space = observation_space(METERS)
         self._defaults: dict[str, Any] = {"start": start, "anchor": anchor, "budget": budget}
         self._state_dir = state_dir
-        self._backend: Backend = backend or LocalBackend(sandbox, warm=True)
+        self._backend: Backend = backend or LocalBackend(
+            sandbox, warm=True, hidden=(self.tier.folder, self.tier.corpus_folder())
+        )
         # a fork shares both and closes neither; after a reset it has an episode of its own
         self._owns_backend = self._owns_episode = True
         self._episode: Episode | None = None
@@ -161,24 +163,16 @@ class Speedrun(gymnasium.Env[Observation, Any]):
     def checkpoint(self) -> dict[str, Any]:
         """Workspace and history as JSON-ready data. Meters, runs and verdicts are not part of it: they
         belong to the episode and only grow."""
-        episode, w = self.episode, self.workspace
-        return {
-            "episode": episode.id,
-            "files": dict(w.files),
-            "notes": w.notes,
-            "snapshots": {name: dict(files) for name, files in w.snapshots.items()},
-            "history": [list(entry) for entry in self.history],
-        }
+        history = [list(entry) for entry in self.history]
+        return {"episode": self.episode.id, **self.workspace.state(), "history": history}
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Bring workspace and history back to a checkpoint of this episode. Raises `ActionError` otherwise."""
         if checkpoint.get("episode") != self._going().id:
             raise ActionError(f"the checkpoint is of episode {checkpoint.get('episode')}, this is {self.episode.id}")
-        w = self.workspace
-        w.files, w.notes = dict(checkpoint["files"]), checkpoint["notes"]
-        w.snapshots = {name: dict(files) for name, files in checkpoint["snapshots"].items()}
+        self.workspace.load(checkpoint)
         self.history = [(name, text) for name, text in checkpoint["history"]]
-        self.episode.ledger.append("restore", snapshot=w.snapshot)
+        self.episode.ledger.append("restore", snapshot=self.workspace.snapshot)
 
     def fork(self) -> Speedrun:
         """Another environment on the same episode: its own workspace and history, shared meters,

@@ -17,7 +17,7 @@ from nanogpt_env import scoring
 from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.budget import RUN_METERS, Budget, Reservation
 from nanogpt_env.claims import ClaimAdvice, advise
-from nanogpt_env.errors import ActionError, BackendError, BudgetError, LedgerError
+from nanogpt_env.errors import ActionError, BackendError, BudgetError, JudgeError, LedgerError
 from nanogpt_env.judging.static import judge_source
 from nanogpt_env.ledger import VERSION, Ledger
 from nanogpt_env.tiers import Tier
@@ -63,6 +63,7 @@ class Episode:
         self.runs: dict[str, AgentRun] = {}
         self.verdicts: list[Verdict] = []
         self.over = ""
+        self._submitted = 0
         self._by_program: dict[tuple[str, int, int], Verdict] = {}
         self.ledger = Ledger(self.folder / "ledger.jsonl")
         test = tier.test()
@@ -116,8 +117,8 @@ class Episode:
         }
         reservation = self.budget.reserve(amounts)
         handle = f"run-{len(self.runs) + 1}"
-        self.ledger.append("reserve", handle=handle, amounts=amounts)
         try:
+            self.ledger.append("reserve", handle=handle, amounts=amounts)
             process = self.backend.start(job)
         except BaseException:
             self._settle(handle, reservation, {})
@@ -170,10 +171,10 @@ class Episode:
         self.ledger.append("charge", handle=handle, used=used, spent={m: self.budget.spent(m) for m in RUN_METERS})
 
     def judge(self, source: str) -> None:
-        """Raises `ActionError` with the static judge's reasons."""
+        """Raises `JudgeError` with the static judge's reasons."""
         reasons = judge_source(source)
         if reasons:
-            raise ActionError("the static judge refuses optimizer.py:\n" + "\n".join(f"- {r}" for r in reasons[:20]))
+            raise JudgeError("the static judge refuses optimizer.py:\n" + "\n".join(f"- {r}" for r in reasons[:20]))
 
     def _check_program(self, source: str, steps: int, horizon: int) -> None:
         self.judge(source)
@@ -215,16 +216,23 @@ class Episode:
         if key in self._by_program:
             return self._by_program[key].model_copy(update={"cached": True}), 0.0
         reservation = self.budget.reserve({"submissions": 1.0})
-        submission = Submission(f"submission-{len(self.verdicts) + 1}", snapshot, source, claim, horizon)
-        self.ledger.append("submit", submission=submission.id, snapshot=snapshot, claim=claim, horizon=horizon)
+        self._submitted += 1  # a void one keeps its number
+        submission = Submission(f"submission-{self._submitted}", snapshot, source, claim, horizon)
 
         def record(rerun: Rerun) -> None:
             fields = rerun.model_dump(include={"n", "exit_reason", "loss", "device_seconds"})
             self.ledger.append("rerun", submission=submission.id, **fields)
             on_rerun(rerun)
 
+        def redone(n: int, error: str) -> None:
+            self.ledger.append("redo", submission=submission.id, n=n, error=error)
+
+        def used(seconds: float) -> None:
+            self.budget.verification_device_seconds += seconds
+
         try:
-            verdict, evidence = verify(self.tier, self.backend, submission, record, on_progress)
+            self.ledger.append("submit", submission=submission.id, snapshot=snapshot, claim=claim, horizon=horizon)
+            verdict, evidence = verify(self.tier, self.backend, submission, record, on_progress, redone, used)
             seal(self.folder / "evidence" / f"{submission.id}.json", evidence.model_dump())
         except BaseException:
             # undecided: neither charged nor cached. Ctrl-C ends here too, after the reruns were cancelled.
@@ -232,7 +240,6 @@ class Episode:
             self.ledger.append("void", submission=submission.id)
             raise
         self._settle(submission.id, reservation, {"submissions": 1.0})
-        self.budget.verification_device_seconds += verdict.device_seconds
         self.verdicts.append(verdict)
         self._by_program[key] = verdict
         self.ledger.append("verdict", **verdict.model_dump(exclude={"cached"}))
@@ -279,7 +286,7 @@ def seal(path: Path, content: dict[str, Any]) -> None:
         try:
             with os.fdopen(fd, "w") as file:
                 json.dump(content, file, indent=1)
-        except OSError:
+        except BaseException:
             path.unlink()
             raise
     except OSError as error:

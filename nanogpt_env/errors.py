@@ -3,6 +3,7 @@
     NanoGPTError
     ├── TierError      a tier's folder is missing, malformed or out of step with its calibration
     ├── ActionError    the agent's action makes no sense; becomes an observation, never leaves `step`
+    │   └── JudgeError the static judge refuses the program
     ├── BudgetError    a meter cannot pay for it; becomes an observation too
     ├── BackendError   our side failed (no torch, trainer died, disk full); never charged to the agent
     └── LedgerError    a ledger cannot be read or written
@@ -22,6 +23,10 @@ class TierError(NanoGPTError):
 
 
 class ActionError(NanoGPTError):
+    pass
+
+
+class JudgeError(ActionError):
     pass
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from nanogpt_env.content import cache_dir, content_root
 from nanogpt_env.errors import TierError
-from nanogpt_env.scoring import RewardForm, share
+from nanogpt_env.scoring import RewardForm
 from nanogpt_env.stats import SequentialTest
 from nanogpt_env.types import Job, Limits, Record
 
@@ -201,9 +201,6 @@ class Tier(BaseModel):
             raise TierError(f"tier {self.name} has no record {name!r}; it has {', '.join(self.records)}")
         return self.records[name]
 
-    def share(self, start: str, anchor: str, steps: float) -> float:
-        return share(self.table.reward.form, self.value_of(start), self.value_of(anchor), steps)
-
     def level(self) -> float:
         """Level of one submission: the episode's, spent evenly over its submissions."""
         return self.table.verification.alpha / self.table.budget.submissions
@@ -263,8 +260,11 @@ class Tier(BaseModel):
             "batch_size": t.training.batch_size,
             "records": {r.name: [r.horizon, r.source] for r in self.records.values()},
         }
-        manifest = (self.corpus_folder() / "manifest.json").read_bytes()
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode() + manifest).hexdigest()[:16]
+        return _digest(json.dumps(content, sort_keys=True) + self.manifest())
+
+    def manifest(self) -> str:
+        """The corpus's manifest, which has the hash of every shard."""
+        return _read(self.corpus_folder() / "manifest.json")
 
     def fingerprint(self) -> str:
         """Hash of all that the calibration depends on."""
@@ -275,7 +275,11 @@ class Tier(BaseModel):
             "verification": t.verification.model_dump(exclude={"slots"}),
             "valued": [t.reward.start, t.reward.anchor],
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(json.dumps(content, sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def builtin_tiers() -> list[str]:
@@ -288,7 +292,7 @@ def tier_folders() -> dict[str, Path]:
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         try:
             spec = util.find_spec(entry.value)
-        except ImportError:  # somebody else's broken package is no reason to fail
+        except Exception:  # somebody else's broken package is no reason to fail
             continue
         if spec is not None and spec.origin:
             folders.setdefault(entry.name, Path(spec.origin).parent)

@@ -15,6 +15,7 @@ ExitReason = Literal[
     "rule_stalled",
     "rule_too_slow",
     "nonfinite_loss",
+    "trainer_error",
     "deadline",
     "cancelled",
 ]
@@ -134,6 +135,7 @@ class Rerun(Record):
     seed: str
     exit_reason: ExitReason
     detail: str = ""
+    trusted: bool
     loss: float | None
     """on the hidden shard"""
     device_seconds: float
@@ -155,6 +157,9 @@ class Evidence(Record):
     reruns: tuple[Rerun, ...]
     accepted: bool
     reason: str
+    z_statistic: float | None
+    """(target - mean) * sqrt(n) / sigma, the form of the optimization track's rule (which asks for 3.08): beside
+    ours, for comparison; None if a rerun did not complete"""
     sandbox: SandboxInfo
     versions: dict[str, str]
     hardware: dict[str, Any]

@@ -43,6 +43,7 @@ class _Reruns:
     running: dict[int, tuple[str, RunHandle]] = field(default_factory=dict)
     started: int = 0
     used_seconds: float = 0.0
+    on_redo: Callable[[int, str], None] = lambda n, error: None
 
     def take(self, n: int, on_progress: OnProgress) -> tuple[str, RunResult]:
         """Rerun n's (seed, result). A rerun that failed on our side, and only that, is redone once."""
@@ -52,7 +53,8 @@ class _Reruns:
         seed, handle = self.running[n]
         try:
             result = _wait(handle, n, on_progress)
-        except BackendError:
+        except BackendError as error:
+            self.on_redo(n, str(error))
             self.running[n] = seed, handle = self._start()
             result = _wait(handle, n, on_progress)
         del self.running[n]  # not before: what interrupts the wait must find it, to cancel it
@@ -60,13 +62,9 @@ class _Reruns:
         return seed, result
 
     def _start(self) -> tuple[str, RunHandle]:
-        seed, again = secrets.token_hex(32), secrets.token_hex(32)
+        seed = secrets.token_hex(32)
         s, shard = self.submission, self.tier.table.data.hidden
-        job = self.tier.job(s.source, s.claim, s.horizon, seed, (shard,))
-        try:
-            return seed, self.backend.start(job)
-        except BackendError:
-            return again, self.backend.start(job.model_copy(update={"seed": again}))
+        return seed, self.backend.start(self.tier.job(s.source, s.claim, s.horizon, seed, (shard,)))
 
     def stop(self) -> None:
         for _, handle in self.running.values():
@@ -83,13 +81,19 @@ def verify(
     submission: Submission,
     on_rerun: Callable[[Rerun], None] = lambda rerun: None,
     on_progress: OnProgress = lambda n, handle: None,
+    on_redo: Callable[[int, str], None] = lambda n, error: None,
+    on_used: Callable[[float], None] = lambda seconds: None,
 ) -> tuple[Verdict, Evidence]:
     """Decide whether the program reaches the target at its claim. Any rerun that does not complete is a
-    rejection. Raises `BackendError` if our side failed twice in a row; then nothing was decided."""
+    rejection. Raises `BackendError` if our side failed twice at one rerun; then nothing was decided.
+
+    Calls `on_rerun` after each rerun, `on_redo(n, error)` before one is redone, and `on_used` with the device
+    seconds of all of them in any case.
+    """
     test = tier.test()
     reruns: list[Rerun] = []
     losses: list[float] = []
-    queue = _Reruns(tier, backend, submission, tier.table.verification.slots)
+    queue = _Reruns(tier, backend, submission, tier.table.verification.slots, on_redo=on_redo)
     try:
         while True:
             n = len(reruns) + 1
@@ -102,6 +106,7 @@ def verify(
                 break
     finally:
         queue.stop()
+        on_used(queue.used_seconds)
     accepted = decision.outcome == "accept"
     reason = decision.reason if result.completed else f"{result.exit_reason}: {result.detail}"
     evidence = Evidence(
@@ -115,6 +120,9 @@ def verify(
         reruns=tuple(reruns),
         accepted=accepted,
         reason=reason,
+        z_statistic=math.sqrt(len(losses)) * (test.target - sum(losses) / len(losses)) / test.futility_sd
+        if all(map(math.isfinite, losses))
+        else None,
         sandbox=result.sandbox,
         versions=result.versions,
         hardware=result.hardware,
@@ -127,7 +135,7 @@ def verify(
         reason=agent_reason(accepted, result),
         coarse_loss=coarse(losses),
         device_seconds=round(queue.used_seconds, 1),
-        trusted=result.sandbox.trusted,
+        trusted=all(rerun.trusted for rerun in reruns),
         submission=submission.id,
     )
     return verdict, evidence
@@ -148,6 +156,7 @@ def _rerun(n: int, seed: str, result: RunResult, losses: list[float], test: Sequ
         seed=seed,
         exit_reason=result.exit_reason,
         detail=result.detail,
+        trusted=result.sandbox.trusted,
         loss=losses[-1] if math.isfinite(losses[-1]) else None,
         device_seconds=result.device_seconds,
         statistic=test.statistic(losses) if finite else None,

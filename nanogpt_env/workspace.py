@@ -7,6 +7,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from nanogpt_env.errors import ActionError
 
@@ -148,6 +149,28 @@ class Workspace:
         if len(self.notes) + len(text) > NOTES_BYTES:
             raise ActionError(f"notes are limited to {NOTES_BYTES} characters")
         self.notes += text if text.endswith("\n") else text + "\n"
+
+    def state(self) -> dict[str, Any]:
+        """Files, notes and kept snapshots as JSON-ready data."""
+        snapshots = {name: dict(files) for name, files in self.snapshots.items()}
+        return {"files": dict(self.files), "notes": self.notes, "snapshots": snapshots}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state`, checked like any edit: it may have been stored, and edited, elsewhere."""
+        try:
+            versions = [state["files"], *state["snapshots"].values()]
+            for files in versions:
+                if set(files) != set(self.files):
+                    raise ActionError(f"a checkpoint holds {', '.join(self.files)}, not {', '.join(map(str, files))}")
+                for path, text in files.items():
+                    self._checked(path, text)
+            notes = str(state["notes"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ActionError(f"not a checkpoint: {error!r}") from None
+        if len(notes) > NOTES_BYTES:
+            raise ActionError(f"notes are limited to {NOTES_BYTES} characters")
+        self.files, self.notes = dict(state["files"]), notes
+        self.snapshots |= {snapshot_hash(files): dict(files) for files in versions[1:]}
 
     def _editable(self, path: str) -> None:
         if path in self.frozen:

@@ -18,7 +18,7 @@ from nanogpt_env.types import RunResult, Verdict
 COMMAND = Path(sys.executable).parent / "nanogpt-env"
 TIER = load_tier(TINY)
 FAST = TIER.records["fast"]
-MEASURED = TIER.measured.records["fast"]
+CLAIM = TIER.measured.records["fast"].claim or FAST.horizon
 COMMANDS = ["doctor", "tiers list", "tiers show", "tiers calibrate", "new", "run", "submit", "play", "replay"]
 
 
@@ -263,10 +263,10 @@ def test_a_run_of_a_broken_rule_is_code_1(candidate):
 
 
 def test_an_accepted_submission_is_code_0_and_its_ledger_agrees(candidate):
-    arguments = ["--tier", TINY, "--claim", MEASURED.claim, "--horizon", FAST.horizon]
+    arguments = ["--tier", TINY, "--claim", CLAIM, "--horizon", FAST.horizon]
     found = call_json("submit", candidate(), *arguments)
     assert set(found) == {*Verdict.model_fields, "reward", "recovered", "ledger"}
-    assert (found["accepted"], found["claim"]) == (True, MEASURED.claim)
+    assert (found["accepted"], found["claim"]) == (True, CLAIM)
     assert found["reward"] == found["recovered"] > 0.8
     replayed = call_json("replay", found["ledger"])
     assert replayed["differences"] == []
@@ -275,7 +275,7 @@ def test_an_accepted_submission_is_code_0_and_its_ledger_agrees(candidate):
 
     path = Path(found["ledger"])
     text = path.read_text()
-    changed = text.replace(f'"best": {MEASURED.claim}.0', '"best": 1.0')
+    changed = text.replace(f'"best": {CLAIM}.0', '"best": 1.0')
     assert changed != text
     path.write_text(changed)
     done = call("replay", path)
@@ -301,7 +301,7 @@ def test_without_a_claim_a_few_runs_make_one(candidate):
 def test_play_and_replay(tmp_path):
     output = tmp_path / "played"
     found = call_json("play", "--tier", TINY, "--agent", "ladder", "--output", output)
-    assert [v["accepted"] for v in found["verdicts"]] == [True, False, True]
+    assert [v["accepted"] for v in found["verdicts"]] == [False, True]  # it claims too much once
     assert all(v["trusted"] for v in found["verdicts"])
     assert found["recovered"] >= 0.8
     assert found["total_reward"] == pytest.approx(found["recovered"])
@@ -312,4 +312,4 @@ def test_play_and_replay(tmp_path):
     replayed = call_json("replay", found["ledger"])
     assert replayed["differences"] == []
     assert replayed["total_reward"] == pytest.approx(found["total_reward"])
-    assert [s["accepted"] for s in replayed["submissions"]] == [True, False, True]
+    assert [s["accepted"] for s in replayed["submissions"]] == [False, True]

@@ -46,8 +46,6 @@ def test_a_copy_loads(folder):
     assert list(tier.records) == ["adamw", "adamw-cooldown", "adamw-groups", "muon", "normuon"]
     assert tier.records["muon"].source == (folder / "records" / "muon" / "optimizer.py").read_text()
     assert (tier.value_of("adamw"), tier.value_of("normuon")) == (START, ANCHOR)
-    assert tier.share("adamw", "normuon", START) == 0
-    assert tier.share("adamw", "normuon", ANCHOR) == 1
     assert tier.test().boundary == BOUNDARY
     assert tier.test().target == tier.table.training.target
 

@@ -18,14 +18,15 @@ SUBMISSION = Submission("submission-1", "abc", "def configure(params, horizon): 
 
 
 def below(*sigmas):
-    """Losses so many sigmas below the target."""
+    """Losses of n_max reruns, so many sigmas below the target and then like the last."""
+    sigmas += sigmas[-1:] * (TEST.n_max - len(sigmas))
     return [TEST.target - x * TIER.measured.sigma for x in sigmas]
 
 
 ACCEPTED = below(16, 15.5, 15, 16, 15.5, 15)
-FUTILE = below(-3, 0, 0)
-UNDECIDED = below(1.0, 1.2, 0.9, 1.1, 0.8, 1.0)
-LATE_FUTILE = below(1.7, 1.4, -1.4, -1.7, 0, 0)
+FUTILE = below(-3, 0)
+UNDECIDED = below(0.75, 0.85, 0.65, 0.8, 0.7, 0.75)
+LATE_FUTILE = below(1.7, 1.4, -1.4, -1.7, 0)
 
 
 def one_slot(tier=TIER):
@@ -155,7 +156,7 @@ def test_reruns_that_end_out_of_order_are_looked_at_in_order():
 def test_no_more_reruns_at_once_than_slots():
     for tier, slots in ((TIER, 2), (one_slot(), 1)):
         backend = scripted(UNDECIDED)
-        assert verify(tier, backend, SUBMISSION)[0].n == 6
+        assert verify(tier, backend, SUBMISSION)[0].n == TEST.n_max
         assert backend.most_at_once == slots
         assert len(backend.jobs) == tier.table.verification.n_max
 
@@ -193,7 +194,7 @@ def test_an_interrupt_cancels_every_rerun_also_the_one_waited_for(tier):
 def test_seeds_are_secret_fresh_and_all_different():
     backend = scripted(UNDECIDED * 2)
     seeds = [r.seed for _ in range(2) for r in verify(TIER, backend, SUBMISSION)[1].reruns]
-    assert len(seeds) == len(set(seeds)) == 12
+    assert len(seeds) == len(set(seeds)) == 2 * TEST.n_max
     assert all(re.fullmatch(r"[0-9a-f]{64}", seed) for seed in seeds)
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from nanogpt_env.content import cache_dir, content_root
@@ -23,9 +25,11 @@ STDERR_LINES = 30
 class LocalRun:
     """A trainer process. It is started before its job is known, so that a warm one can wait."""
 
-    def __init__(self, sandbox: str) -> None:
+    def __init__(self, sandbox: str, hidden: Iterable[Path] = ()) -> None:
         trainer = content_root() / "gpu_backend" / "trainer.py"
-        command = [sys.executable, str(trainer), "--sandbox", sandbox, "--hide", str(cache_dir())]
+        command = [sys.executable, str(trainer), "--sandbox", sandbox]
+        for folder in (cache_dir(), *hidden):
+            command += ["--hide", str(folder)]
         # PYTHON* variables of the caller must not change what the trainer imports
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         try:
@@ -34,7 +38,8 @@ class LocalRun:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",  # whatever the locale
+                errors="replace",
                 env=env | {"OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C reaches us only; we end the trainer
             )
@@ -125,26 +130,29 @@ class LocalRun:
 
 
 class LocalBackend:
-    """`sandbox` is 'auto', 'bubblewrap' or 'plain'. With `warm`, the next trainer is started ahead, so
-    that its imports do not delay the next run. Raises `ValueError` for an unknown sandbox."""
+    """`sandbox` is 'auto', 'bubblewrap' or 'plain'; 'auto' is decided once, so that no later trouble can move a
+    candidate out of its sandbox. With `warm`, the next trainer is started ahead, so that its imports do not delay
+    the next run. No candidate sees the `hidden` folders. Raises `ValueError` for an unknown sandbox."""
 
-    def __init__(self, sandbox: str = "auto", warm: bool = False) -> None:
+    def __init__(self, sandbox: str = "auto", warm: bool = False, hidden: Iterable[Path] = ()) -> None:
         if sandbox not in SANDBOXES:
             raise ValueError(f"sandbox must be one of {', '.join(SANDBOXES)}, not {sandbox!r}")
-        self.sandbox, self.warm = sandbox, warm
+        self.sandbox, self.warm, self.hidden = sandbox, warm, tuple(hidden)
         self._runs: list[LocalRun] = []
         self._spare: LocalRun | None = None
         self._lock = threading.Lock()
 
     def start(self, job: Job) -> LocalRun:
         with self._lock:
-            run, self._spare = self._spare or LocalRun(self.sandbox), None
+            if self.sandbox == "auto":
+                self.sandbox = sandbox_report()["auto"]
+            run, self._spare = self._spare or LocalRun(self.sandbox, self.hidden), None
             if run.done():  # a spare that died while it waited
-                run = LocalRun(self.sandbox)
+                run = LocalRun(self.sandbox, self.hidden)
             self._runs = [*(r for r in self._runs if not r.done()), run]
             run.begin(job)
             if self.warm:
-                self._spare = LocalRun(self.sandbox)
+                self._spare = LocalRun(self.sandbox, self.hidden)
             return run
 
     def close(self) -> None:
