@@ -43,21 +43,23 @@ class _Reruns:
     running: dict[int, tuple[str, RunHandle]] = field(default_factory=dict)
     started: int = 0
     used_seconds: float = 0.0
+    redone: set[int] = field(default_factory=set)
     on_redo: Callable[[int, str], None] = lambda n, error: None
 
     def take(self, n: int, on_progress: OnProgress) -> tuple[str, RunResult]:
         """Rerun n's (seed, result). A rerun that failed on our side, and only that, is redone once."""
         while len(self.running) < self.slots and self.started < self.tier.table.verification.n_max:
             self.started += 1
-            self.running[self.started] = self._start()
-        seed, handle = self.running[n]
+            try:
+                self.running[self.started] = self._start()
+            except BackendError as error:
+                self.running[self.started] = self._redo(self.started, error)
         try:
-            result = _wait(handle, n, on_progress)
+            result = _wait(self.running[n][1], n, on_progress)
         except BackendError as error:
-            self.on_redo(n, str(error))
-            self.running[n] = seed, handle = self._start()
-            result = _wait(handle, n, on_progress)
-        del self.running[n]  # not before: what interrupts the wait must find it, to cancel it
+            self.running[n] = self._redo(n, error)
+            result = _wait(self.running[n][1], n, on_progress)
+        seed, _ = self.running.pop(n)  # not before: what interrupts the wait must find it, to cancel it
         self.used_seconds += result.device_seconds
         return seed, result
 
@@ -65,6 +67,13 @@ class _Reruns:
         seed = secrets.token_hex(32)
         s, shard = self.submission, self.tier.table.data.hidden
         return seed, self.backend.start(self.tier.job(s.source, s.claim, s.horizon, seed, (shard,)))
+
+    def _redo(self, n: int, error: BackendError) -> tuple[str, RunHandle]:
+        if n in self.redone:
+            raise error
+        self.redone.add(n)
+        self.on_redo(n, str(error))
+        return self._start()
 
     def stop(self) -> None:
         for _, handle in self.running.values():

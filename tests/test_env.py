@@ -455,7 +455,7 @@ def test_impossible_numbers_are_refused_for_free(make, action, text):
 def test_what_the_static_judge_refuses_never_runs(make, action, source):
     env = make(NoTraining())
     observation, _, _, _, info = do(env, WriteFile(path="optimizer.py", text=source), action)
-    assert info["error"] == "ActionError"
+    assert info["error"] == "JudgeError"
     assert "static judge" in observation["text"]
 
 

@@ -434,8 +434,128 @@ def _hosts():
     children = 0
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if entry.read_text().rpartition(")")[2].split()[1] in trainers:
+            if entry.read_text(errors="replace").rpartition(")")[2].split()[1] in trainers:
                 children += 1
         except OSError:
             continue
     return children
+
+
+# --- holes found by reviewers, kept closed ---
+
+
+def test_a_process_name_of_odd_bytes_is_no_failure_of_ours(sealed, tier):
+    # it made the trainer's reading of /proc fail, which voided the rerun: a free choice among seeds
+    source = SGD + "torch.ctypes.CDLL(None).prctl(15, b'\\xff\\xfe', 0, 0, 0)\n"
+    assert train(sealed, tier, source, steps=2).completed
+
+
+def test_an_unexpected_trainer_fault_is_a_result_not_a_free_rerun(sealed, tier, tmp_path, monkeypatch):
+    import shutil
+
+    root = tmp_path / "root"
+    shutil.copytree(content_root() / "gpu_backend", root / "gpu_backend")
+    training = root / "gpu_backend" / "training.py"
+    training.write_text(training.read_text().replace("rule.step(step, seconds)", "raise ZeroDivisionError", 1))
+    monkeypatch.setattr("nanogpt_env.backends.local.content_root", lambda: root)
+    backend = LocalBackend("bubblewrap")
+    try:
+        assert train(backend, tier, SGD).exit_reason == "trainer_error"
+    finally:
+        backend.close()
+
+
+def test_readout_counts_as_the_rules_time(sealed, tier):
+    source = SGD + (
+        "import time\n"
+        "def readout(params, optimizers):\n"
+        "    until = time.process_time() + 2.0\n"
+        "    while time.process_time() < until: pass\n"
+        "    return {}\n"
+    )
+    result = train(sealed, tier, source, steps=12)
+    assert result.exit_reason == "rule_too_slow"
+
+
+def test_a_candidate_cannot_outlive_its_killed_trainer(tier):
+    source = SGD + (
+        "torch.ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\ndef schedule(step, horizon, optimizers):\n    while True: pass\n"
+    )
+    backend = LocalBackend("bubblewrap")
+    run = backend.start(tier.job(source, 5, 5, "1", ("val_public",)).model_copy())
+    time.sleep(6)
+    trainer = run._process.pid
+    hosts = _children_of(trainer)
+    assert hosts
+    os.kill(trainer, 9)
+    with pytest.raises(BackendError):
+        run.result(20)
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{p}/cmdline").exists() for p in hosts) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [p for p in hosts if _alive(p)]
+    backend.close()
+
+
+def test_auto_is_decided_once_for_a_backend(tier):
+    backend = LocalBackend("auto")
+    try:
+        assert train(backend, tier, SGD, steps=1).sandbox.name == backend.sandbox == "bubblewrap"
+    finally:
+        backend.close()
+
+
+def test_folders_named_hidden_are_not_visible_below_a_mounted_path(tier):
+    import sysconfig
+
+    folder = Path(sysconfig.get_paths()["purelib"]) / "scipy"  # stands for a tier installed by a package
+    source = SGD + f"import os\nprint('seen', os.listdir({str(folder)!r}))\n"
+    backend = LocalBackend("bubblewrap", hidden=[folder])
+    try:
+        assert "seen []" in train(backend, tier, source, steps=1).log
+    finally:
+        backend.close()
+
+
+def test_an_interpreter_below_tmp_works(tier, tmp_path):
+    """The sandbox mounts its own /tmp, which must not hide a virtual environment that lies there."""
+    import subprocess
+    import sys
+
+    venv = Path("/tmp") / f"nanogpt-venv-{os.getpid()}"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--symlinks", venv], check=True)
+    try:
+        site = next(venv.glob("lib/python*/site-packages"))
+        (site / "ours.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+        report = subprocess.run(
+            [venv / "bin" / "python", content_root() / "gpu_backend" / "sandbox.py"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert '"auto": "bubblewrap"' in report.stdout, report.stdout
+    finally:
+        import shutil
+
+        shutil.rmtree(venv)
+
+
+def _children_of(parent):
+    """All descendants."""
+    found, level = [], [parent]
+    while level:
+        below = []
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                if int(entry.read_text(errors="replace").rpartition(")")[2].split()[1]) in level:
+                    below.append(int(entry.parent.name))
+            except OSError:
+                continue
+        found += below
+        level = below
+    return found
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
