@@ -16,6 +16,7 @@ check: .venv/installed
 	$(BIN)/mypy nanogpt_env gpu_backend examples benchmarks
 
 .venv/installed: pyproject.toml constraints.txt
+	@echo "Setting up .venv. PyTorch is large; README, 'Install', says how to get the small CPU build."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -88,8 +88,8 @@ def test_without_a_command_the_help_is_shown():
     assert "doctor" in done.stdout + done.stderr
 
 
-def refused(done, *texts):
-    assert done.returncode == 2, done
+def refused(done, *texts, code=2):
+    assert done.returncode == code, done
     assert done.stdout == ""
     assert done.stderr.strip()
     for text in texts:
@@ -98,19 +98,28 @@ def refused(done, *texts):
 
 @pytest.mark.parametrize("command", ["run", "submit"])
 @pytest.mark.parametrize(
-    ("content", "text"),
+    ("content", "text", "code"),
     [
-        (None, "has no optimizer.py"),
-        (b"# caf\xe9\ndef configure(params, horizon): ...", "is not UTF-8 text"),
-        ("def configure(params, horizon:\n", "static judge"),
-        ("import os\ndef configure(params, horizon): ...\n", "line 1: may not import os"),
-        ("x = 1\n" * 10_000, "may have 16384 bytes"),
-        ("def configure(params, horizon): ...  # \u202e", "U+202E"),
+        (None, "has no optimizer.py", 2),
+        (b"# caf\xe9\ndef configure(params, horizon): ...", "is not UTF-8 text", 2),
+        ("def configure(params, horizon:\n", "static judge", 1),
+        ("import os\ndef configure(params, horizon): ...\n", "line 1: may not import os", 1),
+        ("x = 1\n" * 10_000, "may have 16384 bytes", 2),
+        ("def configure(params, horizon): ...  # \u202e", "U+202E", 2),
     ],
     ids=["none", "not UTF-8", "syntax", "import", "size", "invisible"],
 )
-def test_a_candidate_that_is_no_candidate(candidate, command, content, text):
-    refused(call(command, candidate(content), "--tier", TINY, "--horizon", 50), text)
+def test_a_candidate_that_is_no_candidate(candidate, command, content, text, code):
+    refused(call(command, candidate(content), "--tier", TINY, "--horizon", 50), text, code=code)
+
+
+@pytest.mark.parametrize(("content", "code"), [("import os\n", 1), (None, 2)])
+def test_an_error_is_a_json_object_too(candidate, content, code):
+    done = call("submit", candidate(content), "--tier", TINY, "--horizon", 50, "--json")
+    found = json.loads(done.stdout)
+    assert found["exit_code"] == done.returncode == code
+    assert found["error"] in done.stderr
+    assert found.get("accepted") is (False if code == 1 else None)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +165,7 @@ def test_misuse(candidate, tmp_path, arguments, text):
 def test_other_python_files_of_a_candidate_are_named(candidate):
     folder = candidate("def configure(params, horizon:\n")
     candidate("x = 1", "helpers.py")
-    refused(call("run", folder, "--tier", TINY), "not used: helpers.py")
+    refused(call("run", folder, "--tier", TINY), "not used: helpers.py", code=1)
 
 
 @pytest.mark.parametrize("text", ["{}\n", '{"seq": 0, "kind": "episode"\n', '{"seq": 1, "kind": "action"}\n', "\0\n"])
