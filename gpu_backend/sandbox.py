@@ -139,12 +139,13 @@ def _mounts(hidden: list[Path]) -> list[str]:
     # parents before children, so that a cover lies over its parent and under a mount inside it
     for path in sorted(visible | covered, key=lambda p: len(p.parts)):
         if path in covered:
-            options += ["--tmpfs", str(path), "--remount-ro", str(path)]
+            options += ["--tmpfs", str(path)]
         elif path.is_symlink() and path.parent == Path("/"):
             options += ["--symlink", os.readlink(path), str(path)]
         else:
             options += ["--ro-bind", str(path), str(path)]
-    return options
+    # last: a virtual environment inside a covered checkout needs its mount point made there
+    return [*options, *(word for path in sorted(covered) for word in ("--remount-ro", str(path)))]
 
 
 def _bubblewrap_options(hidden: list[Path]) -> list[str]:

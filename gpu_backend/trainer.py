@@ -4,7 +4,7 @@ One process serves one run. It starts the sandbox and loads torch, then waits fo
 standard input, so that a caller can keep a warm one ready. It answers on standard output with JSON lines:
 `progress` events and at last one `result`. A further line on standard input, or its end, cancels the run.
 
-    python trainer.py [--sandbox auto|bubblewrap|plain] < job.json
+    python trainer.py [--sandbox auto|bubblewrap|plain] [--hide FOLDER]...
 """
 
 from __future__ import annotations
