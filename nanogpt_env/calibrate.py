@@ -39,7 +39,7 @@ POWER, SURE = 0.9, 0.9995
 BOUNDARY_PATHS = 40_000_000
 # A claim for demonstrations has this many sigmas to spare, for what curves of a few seeds get wrong.
 SLACK = 0.75
-# A value further than its standard error from the claim that was rerun is measured again at the new claim.
+# A value further than two standard errors from the claim that was rerun is measured again at the new claim.
 MAX_PASSES = 3
 # Further than this share of the claim, reruns say nothing about a value.
 FAR = 0.05
@@ -306,7 +306,7 @@ def _settle(tier: Tier, name: str, curves: dict[str, Curve], boundary: float, ru
         found = Reruns(claim, hidden, public)
         test = _test(tier, _sigma(_noise(curves, {name: found}, target)), boundary)
         value = _value(test, curves[name], found, target)
-        if abs(value["value"] - claim) <= max(1.0, value["error"]):
+        if abs(value["value"] - claim) <= max(1.0, 2 * value["error"]):
             break
         claim = min(round(value["value"]), record.horizon)
     return found
