@@ -104,7 +104,12 @@ def training(tmp_path):
     def start(command, *options):
         arguments = [command, str(folder), "--tier", str(TINY), "--horizon", "200", *options]
         process = subprocess.Popen(
-            [sys.executable, "-c", TOLD, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", TOLD, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # a shell's background job, as the test session may be, hands "ignore SIGINT" down
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         assert process.stdout.readline() == "training\n", process.communicate()[1]
