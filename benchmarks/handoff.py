@@ -11,50 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
-from typing import Any
+
+import torch
+from in_process import InProcessRule  # first: it makes the trainer importable
 
 from nanogpt_env.content import content_root
 from nanogpt_env.tiers import Tier, load_tier
-
-sys.path.insert(0, str(content_root() / "gpu_backend"))
-
-import torch
 
 import sandbox
 from logs import BoundedLog
 from rule import IsolatedRule, Rule
 from trainer import Job, Result
 from training import Training
-
-
-class InProcessRule:
-    """Applies a candidate in this process, as a script of a researcher would."""
-
-    has_readout = False
-
-    def __init__(self, training: Training, source: str, horizon: int, seed: int) -> None:
-        self.flat, self.horizon = training.flat, horizon
-        torch.manual_seed(seed)
-        self.module: dict[str, Any] = {}
-        exec(compile(source, "optimizer.py", "exec"), self.module)
-        params = dict(training.model.named_parameters())
-        if "init" in self.module:
-            with torch.no_grad():
-                self.module["init"](params)
-        made = self.module["configure"](params, horizon)
-        self.optimizers = made if isinstance(made, list) else [made]
-
-    def step(self, step: int, forward_backward_s: float) -> None:
-        if "schedule" in self.module:
-            self.module["schedule"](step, self.horizon, self.optimizers)
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def readout(self) -> torch.Tensor:
-        return self.flat.params
 
 
 def repeat(tier: Tier, source: str, steps: int, seed: str) -> dict[str, float]:

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from fakes import FakeBackend
+
+from nanogpt_env import Speedrun
 
 TINY = Path(__file__).parent / "tiny-steps"
 
@@ -19,3 +22,19 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory):
     yield
     os.environ.clear()
     os.environ.update(saved)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Environments on tiny-steps and a scripted backend, reset and ready."""
+    made = []
+
+    def make(backend=None, tier=TINY, **options):
+        env = Speedrun(tier, backend=backend or FakeBackend(), state_dir=tmp_path / "state", **options)
+        made.append(env)
+        env.reset()
+        return env
+
+    yield make
+    for env in made:
+        env.close()

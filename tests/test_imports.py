@@ -132,3 +132,8 @@ def test_the_version_is_the_projects():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert nanogpt_env.__version__ == project["version"]
+
+
+def test_the_package_says_what_it_exports():
+    assert sorted(nanogpt_env.__all__) == sorted(set(nanogpt_env.__all__))
+    assert all(hasattr(nanogpt_env, name) for name in nanogpt_env.__all__)

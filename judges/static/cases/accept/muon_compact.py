@@ -32,7 +32,7 @@ class Muon(torch.optim.SGD):
 
 
 def configure(params, horizon):
-    is_matrix = lambda item: item[0].startswith("blocks.") and item[1].ndim == 2  # noqa: E731
+    is_matrix = lambda item: item[0].startswith("blocks.") and item[1].ndim == 2  # noqa: E731 (as terse as honest code comes)
     matrices = dict(filter(is_matrix, params.items()))
     rest = [p for n, p in params.items() if n not in matrices]
     return [Muon(matrices.values(), lr=0.02), torch.optim.AdamW(rest, lr=0.015)]
