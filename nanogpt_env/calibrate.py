@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_env.backends import Backend
-from nanogpt_env.content import cache_dir
+from nanogpt_env.content import cache_dir, content_root
 from nanogpt_env.errors import TierError
 from nanogpt_env.stats import (
     SequentialTest,
@@ -91,14 +91,16 @@ class Runs:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             self.path.unlink(missing_ok=True)
+        # losses of another trainer are not these
+        self.trainer = b"".join(path.read_bytes() for path in sorted((content_root() / "gpu_backend").glob("*.py")))
         self._lock = threading.Lock()
         self.last: RunResult | None = None
 
     def get(self, what: str, job: Job, count: int) -> list[RunResult]:
         """`count` completed runs of `job`, each with a fresh seed. Raises `TierError` if one fails."""
         content = job.model_dump_json(exclude={"seed", "cache", "corpus", "limits"}) + self.tier.manifest()
-        key = hashlib.sha256(content.encode())
-        done = self._kept(key.hexdigest())[:count]
+        key = hashlib.sha256(content.encode() + self.trainer).hexdigest()
+        done = self._kept(key)[:count]
         if done:
             self.last = done[-1]
         self.report(what, len(done), count)
@@ -108,7 +110,7 @@ class Runs:
             if not result.completed:
                 raise TierError(f"{what}: {result.exit_reason}: {result.detail}\n{result.log[-2000:]}")
             with self._lock:
-                self._keep(key.hexdigest(), result)
+                self._keep(key, result)
                 done.append(result)
                 self.last = result
                 self.report(what, len(done), count)
