@@ -75,11 +75,28 @@ class Curve:
 
 @dataclass(frozen=True)
 class Reruns:
-    """Losses of one record's reruns, stopped at `claim`; both of shape (n,)."""
+    """Losses of one record's reruns, each stopped at its claim; all of shape (n,). A second pass at a better
+    claim adds to the first."""
 
-    claim: int
+    claims: np.ndarray[Any, np.dtype[np.float64]]
     hidden: np.ndarray[Any, np.dtype[np.float64]]
     public: np.ndarray[Any, np.dtype[np.float64]]
+
+    @property
+    def claim(self) -> int:
+        """Of the last pass."""
+        return int(self.claims[-1])
+
+    def at_claim(self, curve: Curve) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Hidden losses as they would be at `claim`, by the curve's slope."""
+        return self.hidden + curve.slope_at(self.claim) * (self.claims - self.claim)
+
+    def plus(self, claim: int, hidden: list[float], public: list[float]) -> Reruns:
+        return Reruns(
+            np.append(self.claims, [claim] * len(hidden)),
+            np.append(self.hidden, hidden),
+            np.append(self.public, public),
+        )
 
 
 class Runs:
@@ -181,7 +198,7 @@ def recompute(tier: Tier, old: Calibration, report: Report = _silent) -> Calibra
         name: Curve(np.array(c["steps"]), np.array(c["hidden_losses"])) for name, c in old.evidence["curves"].items()
     }
     rerun = {
-        name: Reruns(v["claim"], np.array(v["hidden_losses"]), np.array(v["public_losses"]))
+        name: Reruns(*(np.array(v[key], dtype=np.float64) for key in ("claims", "hidden_losses", "public_losses")))
         for name, v in old.evidence["values"].items()
     }
     about = {key: old.evidence[key] for key in ("command", "versions", "hardware", "sandbox")}
@@ -281,7 +298,7 @@ def _noise(curves: dict[str, Curve], rerun: dict[str, Reruns], target: float) ->
     noise = {}
     for name, curve in curves.items():
         if name in rerun:
-            losses = rerun[name].hidden
+            losses = rerun[name].at_claim(curve)
         else:
             at = float(np.mean(curve.crossings(target)))
             losses = np.array([np.interp(at, curve.steps, row) for row in curve.losses])
@@ -300,16 +317,17 @@ def _settle(tier: Tier, name: str, curves: dict[str, Curve], boundary: float, ru
     claim = _first_claim(
         curves[name], target - margin_for_power(_test(tier, _sigma(noise), boundary), noise[name][0]), record
     )
+    found = Reruns(np.array([]), np.array([]), np.array([]))
     for _ in range(MAX_PASSES):
         job = tier.job(record.source, claim, record.horizon, "", (data.hidden, data.public))
         results = runs.get(f"{name}: value at step {claim}", job, reruns)
-        hidden, public = (np.array([r.val_losses[shard] for r in results]) for shard in (data.hidden, data.public))
-        found = Reruns(claim, hidden, public)
+        hidden, public = ([r.val_losses[shard] for r in results] for shard in (data.hidden, data.public))
+        found = found.plus(claim, hidden, public)
         test = _test(tier, _sigma(_noise(curves, {name: found}, target)), boundary)
         value = _value(test, curves[name], found, target)
-        if abs(value["value"] - claim) <= max(1.0, 2 * value["error"]):
-            break
         claim = min(round(value["value"]), record.horizon)
+        if abs(value["value"] - found.claim) <= max(1.0, 2 * value["error"]) or claim in found.claims:
+            break
     return found
 
 
@@ -326,13 +344,15 @@ def _first_claim(curve: Curve, loss: float, record: HumanRecord) -> int:
 
 def _value(test: SequentialTest, curve: Curve, rerun: Reruns, target: float) -> dict[str, Any]:
     """The claim accepted with power 0.9, by the reruns' loss and the curve's slope; with its standard error."""
-    n, mean, sd = len(rerun.hidden), float(rerun.hidden.mean()), float(rerun.hidden.std(ddof=1))
+    losses = rerun.at_claim(curve)
+    n, mean, sd = len(losses), float(losses.mean()), float(losses.std(ddof=1))
     slope, needed = curve.slope_at(rerun.claim), margin_for_power(test, sd, POWER)
     # two sources of error: the mean, and the sd through the margin that it asks for
     up, down = (margin_for_power(test, sd * f, POWER) for f in (1.05, 0.95))
     sd_error = sd / math.sqrt(2 * (n - 1))
     return {
         "claim": rerun.claim,
+        "claims": rerun.claims.astype(int).tolist(),
         "n": n,
         "value": rerun.claim + (needed - (target - mean)) / slope,
         "error": math.hypot(sd / math.sqrt(n), (up - down) / (0.1 * sd) * sd_error) / slope,

@@ -115,7 +115,8 @@ def test_the_truth_is_found(folder):
         spread = SD / SLOPE  # a loss that is off by one sd crosses so many steps off
         assert record.steps_mean == pytest.approx(crossing, abs=4 * spread / math.sqrt(SEEDS))
         assert 0.3 * spread < record.steps_sd < 2 * spread
-        assert (record.steps_n, record.value_n) == (SEEDS, RERUNS)
+        assert record.steps_n == SEEDS
+        assert record.value_n in (RERUNS, 2 * RERUNS)  # one pass, or a second at a better claim
         value = crossing + c.margin_for_power(test, SD, 0.9) / SLOPE
         assert record.value == pytest.approx(value, abs=4 * record.value_error)
         assert 0.1 * spread < record.value_error < spread
@@ -130,8 +131,11 @@ def test_every_figure_follows_from_the_evidence(folder):
     tier = uncalibrated(folder)
     measured, _ = measure(tier)
     evidence, target = measured.evidence, tier.table.training.target
-    hidden = {name: np.array(v["hidden_losses"]) for name, v in evidence["values"].items()}
-    public = {name: np.array(v["public_losses"]) for name, v in evidence["values"].items()}
+    values = evidence["values"]
+    raw, public = ({n: np.array(v[key]) for n, v in values.items()} for key in ("hidden_losses", "public_losses"))
+    # every pass counts, brought to the claim of the last one by the curve's slope
+    hidden = {n: raw[n] + v["slope"] * (np.array(v["claims"]) - v["claim"]) for n, v in values.items()}
+    assert any(len(set(v["claims"])) > 1 for v in values.values())
 
     groups = [(float(x.std(ddof=1)), len(x)) for x in hidden.values()]
     assert measured.sigma == pytest.approx(upper_sd(groups)[1], rel=1e-4)
@@ -139,7 +143,7 @@ def test_every_figure_follows_from_the_evidence(folder):
 
     test = c._test(tier, measured.sigma, measured.boundary)
     for name, record in measured.records.items():
-        value, curve = evidence["values"][name], evidence["curves"][name]
+        value, curve = values[name], evidence["curves"][name]
         needed = c.margin_for_power(test, float(hidden[name].std(ddof=1)), 0.9)
         expected = value["claim"] + (needed - (target - hidden[name].mean())) / value["slope"]
         assert record.value == pytest.approx(expected, abs=0.06)  # given to 0.1 step
@@ -152,10 +156,10 @@ def test_every_figure_follows_from_the_evidence(folder):
         mean = np.array(curve["hidden_losses"]).mean(axis=0)
         shift = hidden[name].mean() - np.interp(value["claim"], curve["steps"], mean) + c.SLACK * measured.sigma
         margins = [target - np.interp(k, curve["steps"], mean) - shift for k in (record.claim - 1, record.claim)]
-        power = [c.predicted_power(test, m, record.loss_sd, RERUNS) for m in margins]
+        power = [c.predicted_power(test, m, record.loss_sd, record.value_n) for m in margins]
         assert power[0] < c.SURE <= power[1]
 
-    differences = [public[n] - hidden[n] for n in ("slow", "fast")]
+    differences = [public[n] - raw[n] for n in ("slow", "fast")]
     assert measured.shard_offset == pytest.approx(np.mean([d.mean() for d in differences]), abs=1e-5)
     assert measured.shard_offset_sd == pytest.approx(math.sqrt(np.mean([d.var(ddof=1) for d in differences])), rel=1e-3)
     assert evidence["versions"] == {"torch": "0"}
@@ -202,7 +206,7 @@ def test_a_record_is_valued_when_asked(folder):
     assert measured.records["middle"].value is None
     assert measured.records["middle"].steps_n == SEEDS
     measured, backend = measure(tier, Synthetic(tier, crossings), value=["middle"])
-    assert measured.records["middle"].value_n == RERUNS
+    assert measured.records["middle"].value_n >= RERUNS
     assert measured.records["middle"].value == pytest.approx(measured.records["slow"].value - 2, abs=4)
     assert {job.source for job in backend.jobs} == {tier.records["middle"].source}  # the others were kept
 
@@ -264,7 +268,7 @@ def test_interrupted_it_continues_where_it_stopped(folder, stop, after):
     with pytest.raises(type(stop)):
         measure(tier, broken)
     measured, backend = measure(tier)
-    assert measured.records["slow"].value_n == RERUNS
+    assert measured.records["slow"].value_n % RERUNS == 0
     assert (len(backend.jobs) + after - 2 * SEEDS) % RERUNS == 0  # nothing was run twice
 
 
@@ -277,7 +281,7 @@ def test_a_line_torn_by_a_crash_is_run_again(folder, tmp_path):
     assert len(backend.jobs) % RERUNS == 1
     again, backend = measure(tier)  # what was written after the torn line counts, or is run again
     assert len(backend.jobs) % RERUNS <= 1
-    assert again.records["slow"].value_n == measured.records["slow"].value_n == RERUNS
+    assert again.records["slow"].value_n == measured.records["slow"].value_n
 
 
 @pytest.mark.parametrize("workers", [1, 3])
