@@ -2,10 +2,11 @@
 
     python benchmarks/handoff.py [--tier nano-steps] [--record normuon] [--steps 60] [--repeats 20]
 
-Prints a line per repeat and writes benchmarks/results/handoff-TIER-RECORD.json. Two figures: `overhead_percent`, the ratio of
-whole steps, whose spread over repeats is mostly where the two models came to lie in memory; and `handoff_percent`, the parts
-of it that can be measured alone: both copies, and the waiting beyond the rule's own CPU time. Times are medians over the
-steps of a repeat. Both trainings start from the same seed, so their losses are compared as well.
+Prints a line per repeat and writes benchmarks/results/handoff-TIER-RECORD.json. Two figures: `overhead_percent`, the
+ratio of whole steps, whose spread over repeats is mostly where the two models came to lie in memory; and
+`handoff_percent`, the parts of it that can be measured alone: copies with system calls, and the waiting beyond the
+rule's own CPU time. Times are medians over the steps of a repeat. Both trainings start from the same seed, so their
+losses are compared as well.
 """
 
 from __future__ import annotations

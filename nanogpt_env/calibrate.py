@@ -37,8 +37,8 @@ from nanogpt_env.types import Job, RunResult
 GRID = (0.70, 0.78, 0.84, 0.88, 0.91, 0.94, 0.96, 0.98)
 POWER, SURE = 0.9, 0.9995
 BOUNDARY_PATHS = 40_000_000
-# A claim for demonstrations has this many sigmas to spare, for what curves of a few seeds get wrong.
-SLACK = 0.75
+# A claim for demonstrations has this many standard errors to spare, for what a few seeds get wrong.
+SLACK = 1.7
 # A value further than two standard errors from the claim that was rerun is measured again at the new claim.
 MAX_PASSES = 3
 # Further than this share of the claim, reruns say nothing about a value.
@@ -383,7 +383,7 @@ def _record(
     # with a value: its reruns correct the few curves' mean at the claim
     shift = value["loss_mean"] - curve.mean_at(value["claim"]) if value else 0.0
     runs = value["n"] if value else len(crossings)
-    horizon, spare = int(curve.steps[-1]), SLACK * test.futility_sd
+    horizon, spare = int(curve.steps[-1]), SLACK * test.futility_sd / math.sqrt(runs)
     steps = range(int(curve.steps[0]), horizon + 1)
     sure = (
         k for k in steps

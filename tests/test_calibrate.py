@@ -154,7 +154,8 @@ def test_every_figure_follows_from_the_evidence(folder):
         assert record.steps_sd == pytest.approx(np.std(crossings, ddof=1), abs=1e-3)
         # the claim for demonstrations is the first that is as good as sure, by curve and reruns, with slack
         mean = np.array(curve["hidden_losses"]).mean(axis=0)
-        shift = hidden[name].mean() - np.interp(value["claim"], curve["steps"], mean) + c.SLACK * measured.sigma
+        shift = hidden[name].mean() - np.interp(value["claim"], curve["steps"], mean)
+        shift += c.SLACK * measured.sigma / math.sqrt(record.value_n)
         margins = [target - np.interp(k, curve["steps"], mean) - shift for k in (record.claim - 1, record.claim)]
         power = [c.predicted_power(test, m, record.loss_sd, record.value_n) for m in margins]
         assert power[0] < c.SURE <= power[1]
