@@ -14,7 +14,7 @@ from conftest import TINY
 
 from nanogpt_env.backends.local import LocalBackend
 from nanogpt_env.judging.static import judge_source
-from nanogpt_env.tiers import load_tier
+from nanogpt_env.tiers import builtin_tiers, load_tier
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -68,6 +68,34 @@ def test_the_readme_and_the_example_show_the_same_program():
     example = (ROOT / "examples" / "quickstart.py").read_text().split('"""')[2]
     shown = FENCE.findall((ROOT / "README.md").read_text())[1][1]
     assert [x for x in shown.splitlines() if x] == [x for x in example.splitlines() if x]
+
+
+@pytest.mark.parametrize("name", builtin_tiers())
+def test_the_ladders_are_those_of_the_calibrations(name):
+    assert ladder(load_tier(name)) in (ROOT / "docs" / "tiers.md").read_text(), (
+        f"it should be:\n{ladder(load_tier(name))}"
+    )
+
+
+def ladder(tier):
+    """A tier's paragraph and table in docs/tiers.md."""
+    c = tier.measured
+    rows = [
+        f"**{tier.name}**: target {tier.table.training.target:.2f} nats, sigma {c.sigma:.4f}, public minus hidden shard"
+        f" {c.shard_offset:+.4f} ± {c.shard_offset_error:.4f} (from run to run {c.shard_offset_sd:.4f})",
+        "",
+        "| record | technique | horizon | steps to target | value | sd of the hidden loss |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, record in tier.records.items():
+        m = c.records[name]
+        value = f"{m.value:g} ± {m.value_error:.1f}" if m.value else ""
+        n = m.value_n or m.steps_n
+        steps = f"{m.steps_mean:.1f} ± {m.steps_sd:.1f}"
+        rows.append(
+            f"| {name} | {record.technique} | {record.horizon} | {steps} | {value} | {m.loss_sd:.4f} (n = {n}) |"
+        )
+    return "\n".join(rows)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
