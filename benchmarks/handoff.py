@@ -26,7 +26,7 @@ from nanogpt_env.tiers import Tier, load_tier
 import sandbox
 from logs import BoundedLog
 from rule import IsolatedRule, Rule
-from trainer import Job, Result
+from trainer import Result, StepsJob
 from training import Training
 
 
@@ -34,16 +34,16 @@ class TimedRule(IsolatedRule):
     """Says what each part of a hand-off takes."""
 
     def step(self, step: int, forward_backward_s: float) -> None:
-        waited, cpu, began = self._waited, self._cpu_seconds(), time.perf_counter()
+        waited, cpu, began = self.line.waited, self._cpu_seconds(), time.perf_counter()
         super().step(step, forward_backward_s)
-        took, waited = time.perf_counter() - began, self._waited - waited
+        took, waited = time.perf_counter() - began, self.line.waited - waited
         rule = self._cpu_seconds() - cpu
         self.parts = {"copies": took - waited, "wake_ups": waited - rule, "rule": rule}
 
 
 def repeat(tier: Tier, source: str, steps: int, number: int) -> dict[str, float]:
     """Both trainings, alternating step by step: median milliseconds and the largest loss difference."""
-    job = Job(**tier.job(source, steps, steps, f"handoff-{number}", (tier.table.data.public,)).model_dump())
+    job = StepsJob(**tier.job(source, steps, steps, f"handoff-{number}", (tier.table.data.public,)).model_dump())
     log = BoundedLog()
     process = sandbox.launch("bubblewrap", [content_root()], log.write_fd)
     log.close_writer()

@@ -26,7 +26,7 @@ from scipy import stats
 from nanogpt_env.tiers import load_tier
 
 import data
-from trainer import Job, Result
+from trainer import Result, StepsJob
 from training import Training
 
 BATCH = 10
@@ -35,12 +35,9 @@ BATCH = 10
 class Contiguous(data.Batches):
     """Batches as FineWeb scripts cut them: rows follow each other in the text."""
 
-    def next(self) -> Any:
-        rows, length = self._shape
-        count = len(self._tokens)
-        window = self._tokens[(self._position + np.arange(rows * length + 1)) % count].astype(np.int64)
-        self._position = (self._position + rows * length) % count
-        return window[:-1].reshape(rows, length), window[1:].reshape(rows, length)
+    def _in_stream(self, length: int) -> int:
+        self._next = 0  # all rows from one cursor
+        return super()._in_stream(length)
 
 
 def hidden_loss(task: tuple[str, str, int, str, str]) -> float:
@@ -48,12 +45,12 @@ def hidden_loss(task: tuple[str, str, int, str, str]) -> float:
     torch.set_num_threads(1)
     tier = load_tier(name, calibrated=False)
     record, hidden = tier.record(record_name), tier.table.data.hidden
-    job = Job(**tier.job(record.source, step, record.horizon, seed, (hidden,)).model_dump())
+    job = StepsJob(**tier.job(record.source, step, record.horizon, seed, (hidden,)).model_dump())
     training = Training(job, result := Result(), lambda: False)
     if order == "contiguous":
         training.batches.__class__ = Contiguous
     rule = InProcessRule(training, record.source, record.horizon, job.stream_seed("rule"))
-    training.evaluate_all(training.train(rule, lambda: None))
+    training.evaluate_all(training.train_with(rule, lambda: None))
     return result.val_losses[hidden]
 
 

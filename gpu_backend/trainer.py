@@ -4,7 +4,7 @@ One process serves one run. It starts the sandbox and loads torch, then waits fo
 standard input, so that a caller can keep a warm one ready. It answers on standard output with JSON lines:
 `progress` events and at last one `result`. A further line on standard input, or its end, cancels the run.
 
-    python trainer.py [--sandbox auto|bubblewrap|plain] [--hide FOLDER]...
+    python trainer.py [--track steps|wallclock] [--sandbox auto|bubblewrap|plain] [--hide FOLDER]...
 """
 
 from __future__ import annotations
@@ -33,26 +33,17 @@ CONTENT = HERE.parent  # envs/, records and corpora lie here: no candidate may s
 
 @dataclass(frozen=True)
 class Job:
-    """What to train. At the steps in `points` and at the end, `point_tokens` tokens of the first shard in
-    `final_shards` are evaluated; at the end also all tokens of each of them."""
+    """What every run needs. The shards in `final_shards` are evaluated at the end."""
 
-    source: str
     model: dict[str, int]
     corpus: str
     cache: str
-    batch_size: int
-    steps: int
-    horizon: int
     seed: str
     limits: dict[str, Any]
-    points: list[int] = field(default_factory=list)
-    point_tokens: int = 4096
-    train_shard: str = "train"
-    final_shards: list[str] = field(default_factory=lambda: ["val_public"])
+    train_shard: str
+    final_shards: list[str]
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.horizon < self.steps:
-            raise ValueError(f"steps must be at least 1 and at most the horizon, got {self.steps} of {self.horizon}")
         if not self.final_shards:
             raise ValueError("final_shards must name at least one shard")
 
@@ -60,6 +51,50 @@ class Job:
         """63 bits for one purpose; no purpose's seed tells anything about another's."""
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class StepsJob(Job):
+    """An update rule to train with. At the steps in `points` and at the end, `point_tokens` tokens of the first
+    shard in `final_shards` are evaluated as well."""
+
+    source: str
+    batch_size: int
+    steps: int
+    horizon: int
+    points: list[int]
+    point_tokens: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1 or self.horizon < self.steps:
+            raise ValueError(f"steps must be at least 1 and at most the horizon, got {self.steps} of {self.horizon}")
+
+
+@dataclass(frozen=True)
+class WallclockJob(Job):
+    """Training code to run, on at most `tokens` training tokens, `max_batch_tokens` at a time."""
+
+    sources: dict[str, str]
+    tokens: int
+    max_batch_tokens: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.max_batch_tokens <= self.tokens:
+            raise ValueError("need 1 <= max_batch_tokens <= tokens")
+        if "train.py" not in self.sources:
+            raise ValueError("sources must have a train.py")
+
+
+@dataclass(frozen=True)
+class Track:
+    job: type[Job]
+    host: str
+    """what runs the candidate, in its sandbox"""
+
+
+TRACKS = {"steps": Track(StepsJob, "rule_host.py"), "wallclock": Track(WallclockJob, "train_host.py")}
 
 
 @dataclass
@@ -78,7 +113,7 @@ class Result:
     train_seconds: float = 0.0
     rule_time_ratio: float = 0.0
     trainer_peak_bytes: int = 0
-    rule_peak_bytes: int = 0
+    candidate_peak_bytes: int = 0
     log: str = ""
     sandbox: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -107,31 +142,21 @@ def emit(event: str, **fields: Any) -> None:
 
 def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel) -> Result:
     """Train and evaluate. Candidate faults and cancellation end in a `Result`, never an exception."""
-    from rule import IsolatedRule, RunFailed
-    from training import Training
+    from candidate import RunFailed
+    from checkpoint import CheckpointError
 
     started = time.monotonic()
     result = Result(sandbox=asdict(process.info), versions=_versions(), hardware=_hardware())
-    training = Training(job, result, lambda: cancel.called)  # what it raises is the job's fault, no candidate's
+    setting = _setting(job, result, cancel)  # what it raises is the job's fault, no candidate's
     try:
-        rule = IsolatedRule(
-            process,
-            training.flat,
-            job.source,
-            job.horizon,
-            job.stream_seed("rule"),
-            training.limits,
-        )
-        try:
-            evaluated = training.train(rule, lambda: emit("progress", **_progress(job, result)))
-        finally:
-            result.rule_time_ratio = rule.total_rule_s / max(rule.total_forward_backward_s, 1e-9)
-            result.rule_peak_bytes = _peak_bytes(process.pid)
+        trained = setting.train(process, lambda: emit("progress", **_progress(job, result)))
         process.kill()  # before the final evaluation: nothing of the candidate is alive in it
         emit("progress", **_progress(job, result), evaluating=True)
-        training.evaluate_all(evaluated)
+        setting.evaluate_all(trained)
     except RunFailed as failure:
         result.exit_reason, result.detail = failure.reason, str(failure)
+    except CheckpointError as refusal:
+        result.exit_reason, result.detail = "checkpoint_refused", str(refusal)
     except Exception as error:
         # Once candidate code has run, a fault of ours counts against it: it may know how to cause one, and a
         # rerun that is void when it goes badly would be a free choice among seeds.
@@ -148,19 +173,20 @@ def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel) -> 
     return result
 
 
+def _setting(job: Job, result: Result, cancel: Cancel) -> Any:
+    from timed import Timed
+    from training import Training
+
+    kind = Training if isinstance(job, StepsJob) else Timed
+    return kind(job, result, lambda: cancel.called)  # type: ignore[arg-type]
+
+
 def _progress(job: Job, result: Result) -> dict[str, Any]:
-    loss = result.train_losses[-1] if result.train_losses else math.nan
-    return {"step": result.steps, "steps": job.steps, "train_loss": loss if loss == loss else None}
-
-
-def _peak_bytes(pid: int) -> int:
-    try:
-        # the process's name is the candidate's to choose: any bytes
-        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-    except OSError:
-        return 0
-    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(lines[0].split()[1]) * 1024 if lines else 0
+    if isinstance(job, StepsJob):
+        loss = result.train_losses[-1] if result.train_losses else math.nan
+        return {"done": result.steps, "total": job.steps, "train_loss": loss if loss == loss else None}
+    assert isinstance(job, WallclockJob)
+    return {"done": result.tokens, "total": job.tokens, "train_loss": None}
 
 
 def _versions() -> dict[str, str]:
@@ -189,6 +215,7 @@ def _hardware() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sandbox", default="auto", choices=sandbox.CHOICES)
+    parser.add_argument("--track", default="steps", choices=list(TRACKS))
     parser.add_argument("--hide", action="append", default=[], help="folder no candidate may see")
     args = parser.parse_args()
     sandbox.adopt_orphans()
@@ -196,7 +223,7 @@ def main() -> int:
     log = BoundedLog()
     hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
     try:
-        process = sandbox.launch(args.sandbox, hidden, log.write_fd)
+        process = sandbox.launch(args.sandbox, hidden, log.write_fd, TRACKS[args.track].host)
     except sandbox.SandboxError as error:
         emit("error", message=str(error))
         return 3
@@ -209,7 +236,7 @@ def main() -> int:
         if not line:
             return 0  # a warm trainer that was not needed
         try:
-            job = Job(**json.loads(line))
+            job = TRACKS[args.track].job(**json.loads(line))
         except (TypeError, ValueError) as error:
             emit("error", message=f"not a valid job: {error}")
             return 2

@@ -31,7 +31,7 @@ from nanogpt_env.stats import (
     upper_sd,
 )
 from nanogpt_env.tiers import Calibration, HumanRecord, RecordCalibration, Tier
-from nanogpt_env.types import Job, RunResult
+from nanogpt_env.types import RunResult, StepsJob
 
 # Where a record's run is evaluated on the whole hidden shard, as shares of its horizon.
 GRID = (0.70, 0.78, 0.84, 0.88, 0.91, 0.94, 0.96, 0.98)
@@ -113,7 +113,7 @@ class Runs:
         self._lock = threading.Lock()
         self.last: RunResult | None = None
 
-    def get(self, what: str, job: Job, count: int) -> list[RunResult]:
+    def get(self, what: str, job: StepsJob, count: int) -> list[RunResult]:
         """`count` completed runs of `job`, each with a fresh seed. Raises `TierError` if one fails."""
         content = job.model_dump_json(exclude={"seed", "cache", "corpus", "limits"}) + self.tier.manifest()
         key = hashlib.sha256(content.encode() + self.trainer).hexdigest()

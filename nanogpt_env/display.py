@@ -41,7 +41,7 @@ class RunProgress:
             loss = f", train loss {progress.train_loss:.3f}" if progress.train_loss else ""
             label = f"rerun {n}" if n else "run"
             state = f"{label}{loss}, evaluating" if progress.evaluating else f"{label}{loss}"
-            self._bar.update(self._task, completed=progress.step, total=progress.steps, description=state)
+            self._bar.update(self._task, completed=progress.done, total=progress.total, description=state)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ def run_text(run: AgentRun, shard: str) -> str:
         return f"{run.handle}: not charged, the backend failed: {run.error}"
     if run.result is None:
         progress = run.process.progress()
-        where = f"step {progress.step} of {progress.steps}" if progress else "starting"
+        where = f"{progress.done} of {progress.total}" if progress else "starting"
         return f"{run.handle}: running, {where}"
     r = run.result
     lines = [f"{run.handle}: {r.exit_reason}, {r.steps} of {run.steps} steps, horizon {run.horizon}"]

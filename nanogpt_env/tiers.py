@@ -18,7 +18,7 @@ from nanogpt_env.content import cache_dir, content_root
 from nanogpt_env.errors import TierError
 from nanogpt_env.scoring import RewardForm
 from nanogpt_env.stats import SequentialTest
-from nanogpt_env.types import Job, Limits, Record
+from nanogpt_env.types import Limits, Record, StepsJob
 
 ENTRY_POINTS = "nanogpt_env.tiers"
 CALIBRATION = "calibration.json"
@@ -223,10 +223,10 @@ class Tier(BaseModel):
         beside = self.folder / self.table.data.corpus
         return beside if beside.is_dir() else content_root() / "gpu_backend" / "corpora" / self.table.data.corpus
 
-    def job(self, source: str, steps: int, horizon: int, seed: str, shards: tuple[str, ...]) -> Job:
+    def job(self, source: str, steps: int, horizon: int, seed: str, shards: tuple[str, ...]) -> StepsJob:
         """The training job of a run; `shards` are evaluated at the end, the first also at the points."""
         t = self.table
-        return Job(
+        return StepsJob(
             source=source,
             model=t.model.model_dump(),
             corpus=str(self.corpus_folder()),

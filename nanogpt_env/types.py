@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Track = Literal["steps", "wallclock"]
+
 ExitReason = Literal[
     "completed",
-    "rule_error",
-    "rule_exited",
-    "rule_memory",
-    "rule_protocol",
-    "rule_stalled",
+    "candidate_error",
+    "candidate_exited",
+    "candidate_memory",
+    "candidate_protocol",
+    "candidate_stalled",
     "rule_too_slow",
+    "checkpoint_refused",
     "nonfinite_loss",
     "trainer_error",
     "deadline",
@@ -35,36 +38,54 @@ class SandboxInfo(Record):
 
 
 class Limits(Record):
-    """Caps that the trainer holds a candidate to; see `gpu_backend/rule.py`."""
+    """Caps that the trainer holds a candidate to; see `gpu_backend/candidate.py`."""
 
     deadline_s: float = Field(gt=0)
     """training must have ended this many seconds after the run started"""
     setup_s: float = Field(gt=0)
-    """for loading optimizer.py, init, configure and the first step together"""
+    """for loading the candidate, up to and with the first step (steps) or up to the first real batch (wallclock)"""
     stall_s: float = Field(gt=0)
-    """longest wait for one step of the rule"""
-    rule_time: float = Field(gt=0)
-    """cap on the rule's CPU time as a multiple of forward + backward"""
+    """longest wait for one answer of the candidate"""
     memory_bytes: int = Field(gt=0)
     """memory the candidate may take beyond that of a process with torch loaded"""
+    rule_time: float = Field(gt=0, default=1.0)
+    """steps track: cap on the rule's CPU time as a multiple of forward + backward"""
 
 
 class Job(Record):
-    """What a backend trains; the JSON that `gpu_backend/trainer.py` reads."""
+    """What a backend trains; the JSON that `gpu_backend/trainer.py` reads. The first of `final_shards` is also
+    evaluated on the way, on tracks that do so."""
 
-    source: str
+    track: ClassVar[Track]
     model: dict[str, int]
     corpus: str
     cache: str
+    seed: str
+    limits: Limits
+    train_shard: str
+    final_shards: tuple[str, ...]
+
+
+class StepsJob(Job):
+    """An update rule to train with."""
+
+    track = "steps"
+    source: str
     batch_size: int
     steps: int
     horizon: int
-    seed: str
-    limits: Limits
     points: tuple[int, ...] = ()
     point_tokens: int = 4096
-    train_shard: str = "train"
-    final_shards: tuple[str, ...] = ("val_public",)
+
+
+class WallclockJob(Job):
+    """Training code to run."""
+
+    track = "wallclock"
+    sources: dict[str, str]
+    tokens: int
+    """training tokens that it may use"""
+    max_batch_tokens: int
 
 
 class RunResult(Record):
@@ -89,7 +110,7 @@ class RunResult(Record):
     rule_time_ratio: float = 0.0
     """the rule's CPU time over that of forward + backward"""
     trainer_peak_bytes: int = 0
-    rule_peak_bytes: int = 0
+    candidate_peak_bytes: int = 0
     log: str = ""
     sandbox: SandboxInfo
     versions: dict[str, str] = {}
@@ -101,10 +122,10 @@ class RunResult(Record):
 
 
 class Progress(Record):
-    """Where a run is."""
+    """Where a run is: steps, or tokens on the wallclock track."""
 
-    step: int
-    steps: int
+    done: int
+    total: int
     train_loss: float | None = None
     evaluating: bool = False
 

@@ -36,7 +36,7 @@ class FakeRun:
         self.cancelled = self.delivered = False
 
     def progress(self):
-        return Progress(step=1, steps=self.job.steps) if self.held else None
+        return Progress(done=1, total=self.job.steps) if self.held else None
 
     def done(self):
         return not self.held

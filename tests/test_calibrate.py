@@ -320,8 +320,8 @@ def test_a_horizon_that_does_not_fit_is_refused(folder, crossing, text):
 
 def test_a_record_that_fails_is_named_with_its_log(folder):
     tier = uncalibrated(folder)
-    with pytest.raises(TierError, match=r"slow: curve: rule_error: broken\nwhat it printed"):
-        measure(tier, Synthetic(tier, CROSSINGS, lambda number: "rule_error" if number == 3 else None))
+    with pytest.raises(TierError, match=r"slow: curve: candidate_error: broken\nwhat it printed"):
+        measure(tier, Synthetic(tier, CROSSINGS, lambda number: "candidate_error" if number == 3 else None))
 
 
 # --- new arithmetic on old losses ---

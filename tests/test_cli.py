@@ -268,7 +268,7 @@ def test_a_run_of_a_broken_rule_is_code_1(candidate):
     folder = candidate("def configure(params, horizon):\n    raise ValueError('boo')\n")
     done = call("run", folder, "--tier", TINY, "--horizon", 20)
     assert done.returncode == 1
-    assert "rule_error" in done.stdout and "boo" in done.stdout
+    assert "candidate_error" in done.stdout and "boo" in done.stdout
 
 
 def test_an_accepted_submission_is_code_0_and_its_ledger_agrees(candidate):

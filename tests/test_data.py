@@ -364,33 +364,58 @@ def test_relabel_refuses_a_token_beyond_the_table():
 
 
 @pytest.mark.parametrize("count", [13, 14, 20, 101, 1000])
-def test_batches_walk_the_tokens_in_order_and_wrap(count):
-    tokens = np.arange(count, dtype=np.uint16)
-    batches = data.Batches(tokens, 3, 4, rng(5))
+def test_a_stream_for_each_row_walks_the_tokens_in_order_and_wraps(count):
+    batches = data.Batches(np.arange(count, dtype=np.uint16), 3, rng(5))
     rows = None
     for step in range(2 * count):
-        inputs, targets = batches.next()
-        assert inputs.dtype == targets.dtype == np.int64
-        assert inputs.shape == targets.shape == (3, 4)
-        rows = inputs[:, 0] if rows is None else rows
+        windows = batches.take(3, 4)
+        assert windows.dtype == np.uint16
+        rows = windows[:, 0].astype(int) if rows is None else rows
         assert np.array_equal(np.diff(rows) % count, [count // 3] * 2)
-        expected = (rows[:, None] + 4 * step + np.arange(5)) % count
-        assert np.array_equal(inputs, expected[:, :-1])
-        assert np.array_equal(targets, expected[:, 1:])
+        assert np.array_equal(windows, (rows[:, None] + 4 * step + np.arange(5)) % count)
+
+
+def test_rows_come_from_the_streams_in_turn_whatever_their_number_and_length():
+    count, streams = 6400, 64
+    batches = data.Batches(np.arange(count, dtype=np.uint16), streams, rng(5))
+    seen = np.zeros(count, int)
+    shapes = [(8, 10), (100, 10), (1, 50), (3, 10), (64, 5)]
+    for rows, length in shapes:
+        for window in batches.take(rows, length):
+            seen[window[:-1]] += 1
+    assert seen.sum() == sum(rows * length for rows, length in shapes)
+    assert seen.max() == 1, "a token was served twice while others were not served at all"
+
+
+def test_document_rows_start_with_a_document_and_do_not_overlap():
+    tokens = np.arange(1000, dtype=np.uint16) + 1
+    tokens[[0, 7, 30, 33, 200, 500, 990]] = 0
+    batches = data.Batches(tokens, 1, rng(3), first_token=0)
+    windows = batches.take(6, 20, "documents")
+    assert (windows[:, 0] == 0).all()
+    starts = windows[:, 1].astype(int) - 2
+    gaps = np.diff(starts)
+    assert ((gaps >= 20) | (gaps < 0)).all()  # the next one begins after the last, or the text begins again
+    assert set(starts) <= {0, 7, 30, 200, 500, 990}
+    with pytest.raises(ValueError, match="no order"):
+        data.Batches(tokens, 1, rng(3)).take(1, 4, "documents")
 
 
 def test_start_depends_on_the_seed():
     tokens = np.arange(10_000, dtype=np.uint16)
-    starts = [data.Batches(tokens, 1, 8, rng(seed)).next()[0][0, 0] for seed in (1, 1, 2)]
+    starts = [data.Batches(tokens, 1, rng(seed)).take(1, 8)[0, 0] for seed in (1, 1, 2)]
     assert starts[0] == starts[1] != starts[2]
 
 
-def test_batches_from_a_mapped_shard_do_not_share_its_memory(shard):
-    inputs, _ = data.Batches(data.read_shard(shard), 2, 8, rng()).next()
-    inputs += 1  # a mapped, read-only page would refuse
+def test_windows_from_a_mapped_shard_do_not_share_its_memory(shard):
+    windows = data.Batches(data.read_shard(shard), 2, rng()).take(2, 8)
+    windows += 1  # a mapped, read-only page would refuse
 
 
-@pytest.mark.parametrize(("batch_size", "seq_len"), [(3, 4), (0, 4), (3, 0)])
-def test_batches_refuse(batch_size, seq_len):
-    with pytest.raises(ValueError, match=r"needs 13|at least 1"):
-        data.Batches(np.arange(12, dtype=np.uint16), batch_size, seq_len, rng())
+def test_batches_refuse():
+    tokens = np.arange(12, dtype=np.uint16)
+    for streams in (0, 13):
+        with pytest.raises(ValueError, match="at least 1"):
+            data.Batches(tokens, streams, rng())
+    with pytest.raises(ValueError, match="a window of 12"):
+        data.Batches(tokens, 1, rng()).take(1, 12)

@@ -42,7 +42,7 @@ def test_the_job_of_a_run_is_the_workspace_on_the_public_shard(make):
     assert len({job.seed for job in jobs}) == 4
 
 
-@pytest.mark.parametrize("reason", ["rule_error", "deadline", "rule_too_slow"])
+@pytest.mark.parametrize("reason", ["candidate_error", "deadline", "rule_too_slow"])
 def test_a_run_that_fails_is_an_observation_and_is_charged(make, reason):
     env = make(FakeBackend(lambda job, number: ran(job, 9.0, 3.0, reason=reason, detail="boo", log="line\n")))
     observation, reward, _, _, info = do(env, Run(horizon=100))

@@ -85,7 +85,7 @@ def test_a_rule_that_breaks_is_an_observation(tmp_path):
         WriteFile(path="optimizer.py", text="def configure(params, horizon):\n    print('here')\n    return 1 / 0\n")
     )
     observation, reward, _, _, info = env.step(Run(horizon=50))
-    assert info["run"]["exit_reason"] == "rule_error"
+    assert info["run"]["exit_reason"] == "candidate_error"
     assert "ZeroDivisionError" in observation["text"] and "| here" in observation["text"]
     assert info["budget"]["runs"]["spent"] == 1
     _, reward, _, _, info = env.step(Submit(claim=50, horizon=50))

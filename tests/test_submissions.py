@@ -196,5 +196,5 @@ def test_runs_that_support_no_claim_say_what_would(make, power, text):
 
 
 def test_a_failed_run_supports_no_claim(make):
-    env = make(FakeBackend(lambda job, number: ran(job, 4.5, reason="rule_error")))
+    env = make(FakeBackend(lambda job, number: ran(job, 4.5, reason="candidate_error")))
     assert do(env, Run(horizon=100), Submit())[4]["error"] == "ActionError"

@@ -61,11 +61,11 @@ def in_process(tier, source, steps, seed):
     import sys
 
     sys.path.insert(0, str(content_root() / "gpu_backend"))
-    from trainer import Job, Result
+    from trainer import Result, StepsJob
     from training import Training
 
     job = tier.job(source, steps, steps, seed, ("val_public",))
-    training = Training(Job(**job.model_dump()), Result(), lambda: False)
+    training = Training(StepsJob(**job.model_dump()), Result(), lambda: False)
     namespace: dict = {}
     exec(source, namespace)
     params = dict(training.model.named_parameters())
@@ -82,7 +82,7 @@ def in_process(tier, source, steps, seed):
         def readout(self):
             return training.flat.params
 
-    training.train(InProcess(), lambda: None)
+    training.train_with(InProcess(), lambda: None)
     return training.result.train_losses
 
 
@@ -100,7 +100,7 @@ def test_a_run_yields_its_measurements(backend, tier):
     assert 5 < result.val_losses["val_public"] < math.log(1024)
     assert 0 < result.train_seconds < result.device_seconds
     assert result.trainer_peak_bytes > 50 << 20
-    assert result.rule_peak_bytes > 50 << 20
+    assert result.candidate_peak_bytes > 50 << 20
     assert result.sandbox.name == backend.sandbox
     assert result.sandbox.trusted is (backend.sandbox == "bubblewrap")
     assert result.versions["torch"] == torch.__version__
@@ -208,23 +208,23 @@ def test_the_rule_is_told_nothing_but_what_it_may_know(sealed, tier):
 # --- how a run ends otherwise ---
 
 FAULTS = {
-    "raises": ("raise ValueError('boo')", {}, "rule_error"),
-    "exits": ("import os; os._exit(0)", {}, "rule_exited"),
-    "calls sys.exit": ("raise SystemExit(0)", {}, "rule_error"),
-    "sleeps": ("import time; time.sleep(60)", {"stall_s": 1.0}, "rule_stalled"),
+    "raises": ("raise ValueError('boo')", {}, "candidate_error"),
+    "exits": ("import os; os._exit(0)", {}, "candidate_exited"),
+    "calls sys.exit": ("raise SystemExit(0)", {}, "candidate_error"),
+    "sleeps": ("import time; time.sleep(60)", {"stall_s": 1.0}, "candidate_stalled"),
     "sleeps to the deadline": ("import time; time.sleep(60)", {"deadline_s": 2.0}, "deadline"),
-    "takes memory": ("optimizers.append(torch.ones(1 << 29))", {"memory_bytes": 1 << 28}, "rule_memory"),
+    "takes memory": ("optimizers.append(torch.ones(1 << 29))", {"memory_bytes": 1 << 28}, "candidate_memory"),
     "sets NaN": ("optimizers[0].param_groups[0]['params'][0].data.fill_(float('nan'))", {}, "nonfinite_loss"),
     "ignores SIGTERM and hangs": (
         "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: pass",
         {"stall_s": 1.0},
-        "rule_stalled",
+        "candidate_stalled",
     ),
-    "stops itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", {"stall_s": 1.0}, "rule_stalled"),
+    "stops itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", {"stall_s": 1.0}, "candidate_stalled"),
     "answers garbage": (
         "import os, stat\n[os.write(i, b'\\xff' * 64) for i in range(3, 9) if _is_socket(i)]",
         {},
-        "rule_protocol",
+        "candidate_protocol",
     ),
 }
 IS_SOCKET = """
@@ -251,7 +251,7 @@ def test_faults_end_the_run_with_a_reason_and_leave_no_process(backend, tier, fa
 @pytest.mark.parametrize("source", ["x = (", "import torch\n", "raise RuntimeError('at import')"])
 def test_a_broken_optimizer_file_is_an_error_with_a_log(sealed, tier, source):
     result = train(sealed, tier, source)
-    assert result.exit_reason == "rule_error"
+    assert result.exit_reason == "candidate_error"
     assert result.steps == 0
     assert "optimizer.py" in result.log
 
@@ -287,7 +287,7 @@ def test_detached_children_of_a_plain_candidate_are_found_and_killed(tier):
     body = f"import subprocess; subprocess.Popen('{marker}'.split(), start_new_session=True); raise ValueError"
     backend = LocalBackend("plain")
     try:
-        assert train(backend, tier, schedule(body)).exit_reason == "rule_error"
+        assert train(backend, tier, schedule(body)).exit_reason == "candidate_error"
     finally:
         backend.close()
     assert marker not in _command_lines()
@@ -355,7 +355,7 @@ def unix(name):
     s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     s.connect(name)
 attempt('abstract', lambda: unix('\\0nanogpt-test'))
-for path in ('/x', '/usr/x', '/etc/x', '/dev/x', '/proc/sys/kernel/core_pattern', '/rule_host.py'):
+for path in ('/x', '/usr/x', '/etc/x', '/dev/x', '/proc/sys/kernel/core_pattern', '/trainer/rule_host.py'):
     attempt('write ' + path, lambda: open(path, 'w'))
 for folder, below, names in os.walk('/proc'):
     below[:] = [name for name in below if name not in ('1', 'self', 'thread-self')]
@@ -406,7 +406,7 @@ for i in range(200):
     with open(f'/dev/shm/{i}', 'wb', buffering=0) as f:
         f.write(b'x' * (1 << 20))
 """
-    assert train(sealed, tier, schedule(body)).exit_reason == "rule_error"
+    assert train(sealed, tier, schedule(body)).exit_reason == "candidate_error"
 
 
 def test_doctor_report_names_the_reason_when_bubblewrap_is_missing(monkeypatch):

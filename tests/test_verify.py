@@ -68,7 +68,7 @@ def test_the_examples_take_every_way_out():
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize("reason", ["rule_error", "nonfinite_loss", "deadline", "rule_too_slow", "cancelled"])
+@pytest.mark.parametrize("reason", ["candidate_error", "nonfinite_loss", "deadline", "rule_too_slow", "cancelled"])
 def test_a_fault_of_the_candidate_in_any_rerun_is_a_rejection(k, reason):
     def script(job, number):
         return ran(job, 4.0, reason=reason, detail="it broke") if number == k else 4.5
@@ -133,7 +133,7 @@ def test_a_start_that_fails_twice_is_raised_and_the_other_rerun_cancelled():
 
 
 def test_a_candidate_cannot_have_its_fault_redone():
-    backend = FakeBackend(lambda job, number: ran(job, 4.0, reason="rule_exited"))
+    backend = FakeBackend(lambda job, number: ran(job, 4.0, reason="candidate_exited"))
     assert not verify(one_slot(), backend, SUBMISSION)[0].accepted
     assert len(backend.jobs) == 1
 

@@ -25,9 +25,10 @@ STDERR_LINES = 30
 class LocalRun:
     """A trainer process. It is started before its job is known, so that a warm one can wait."""
 
-    def __init__(self, sandbox: str, hidden: Iterable[Path] = ()) -> None:
+    def __init__(self, track: str, sandbox: str, hidden: Iterable[Path] = ()) -> None:
+        self.track = track
         trainer = content_root() / "gpu_backend" / "trainer.py"
-        command = [sys.executable, str(trainer), "--sandbox", sandbox]
+        command = [sys.executable, str(trainer), "--track", track, "--sandbox", sandbox]
         for folder in (cache_dir(), *hidden):
             command += ["--hide", str(folder)]
         # PYTHON* variables of the caller must not change what the trainer imports
@@ -146,13 +147,14 @@ class LocalBackend:
         with self._lock:
             if self.sandbox == "auto":
                 self.sandbox = sandbox_report()["auto"]
-            run, self._spare = self._spare or LocalRun(self.sandbox, self.hidden), None
-            if run.done():  # a spare that died while it waited
-                run = LocalRun(self.sandbox, self.hidden)
+            run, self._spare = self._spare or LocalRun(job.track, self.sandbox, self.hidden), None
+            if run.done() or run.track != job.track:  # a spare that died while it waited, or waits for other work
+                run.close()
+                run = LocalRun(job.track, self.sandbox, self.hidden)
             self._runs = [*(r for r in self._runs if not r.done()), run]
             run.begin(job)
             if self.warm:
-                self._spare = LocalRun(self.sandbox, self.hidden)
+                self._spare = LocalRun(job.track, self.sandbox, self.hidden)
             return run
 
     def close(self) -> None:

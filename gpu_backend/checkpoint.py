@@ -1,0 +1,109 @@
+"""Read a candidate's checkpoint: safetensors bytes, checked against a layout before anything is loaded.
+
+A refusal is one of the fixed `CODES`: the bytes are the candidate's, and no text of theirs goes further.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+import safetensors.torch
+from torch import Tensor
+
+MAX_HEADER_BYTES = 1 << 20
+# bytes per value of the dtypes that a checkpoint may have
+DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+CODES = {
+    "header": "the header is no safetensors header of at most 1 MiB",
+    "names": "it does not have exactly the declared tensors",
+    "dtype": "a tensor's dtype is not allowed, or not the declared one",
+    "shape": "a tensor's shape is not the declared one",
+    "layout": "the tensors do not fill the data section one after the other",
+}
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""dtype (a key of DTYPES, or '' for any) and shape of every tensor"""
+
+
+class CheckpointError(ValueError):
+    def __init__(self, code: str) -> None:
+        super().__init__(f"checkpoint refused ({code}): {CODES[code]}")
+        self.code = code
+
+
+def max_bytes(layout: Layout) -> int:
+    """Room that a checkpoint of this layout may need at most."""
+    data = sum(math.prod(shape) * DTYPES[dtype or "F64"] for dtype, shape in layout.values())
+    return data + 8 + sum(len(name) + 200 for name in layout)
+
+
+def load(data: bytes, layout: Layout) -> dict[str, Tensor]:
+    """Tensors by name, as float32. Raises `CheckpointError`."""
+    header = _header(data)
+    if set(header) != set(layout):
+        raise CheckpointError("names")
+    spans = sorted(_span(entry, *layout[name]) for name, entry in header.items())
+    ends = [0, *(end for _, end in spans)]
+    if [start for start, _ in spans] != ends[:-1] or len(data) != 8 + _header_bytes(data) + ends[-1]:
+        raise CheckpointError("layout")
+    return {name: tensor.float() for name, tensor in safetensors.torch.load(data).items()}
+
+
+def parse_layout(text: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """A candidate's own declaration, JSON {name: [dtype, shape]}. Raises `CheckpointError`."""
+    found = _json(text)
+    layout = {}
+    for name, entry in found.items():
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in DTYPES and _is_shape(entry[1])):
+            raise CheckpointError("header")
+        layout[name] = (entry[0], tuple(entry[1]))
+    return layout
+
+
+def _header_bytes(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
+
+
+def _header(data: bytes) -> dict[str, object]:
+    size = _header_bytes(data)
+    if len(data) < 8 or size > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise CheckpointError("header")
+    header = _json(data[8 : 8 + size])
+    header.pop("__metadata__", None)
+    return header
+
+
+def _json(text: bytes) -> dict[str, object]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return found
+
+    try:
+        found = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        raise CheckpointError("header") from None
+    if not isinstance(found, dict):
+        raise CheckpointError("header")
+    return found
+
+
+def _span(entry: object, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(start, end) in the data section, whose length is what dtype and shape ask for."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError("header")
+    given, offsets = entry["dtype"], entry["data_offsets"]
+    if not isinstance(given, str) or given not in DTYPES or dtype not in ("", given):
+        raise CheckpointError("dtype")
+    if not _is_shape(entry["shape"]) or tuple(entry["shape"]) != shape:
+        raise CheckpointError("shape")
+    if not _is_shape(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[given]:
+        raise CheckpointError("layout")
+    return offsets[0], offsets[1]
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 40 for n in value)

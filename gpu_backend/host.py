@@ -1,0 +1,86 @@
+"""What every candidate process shares: protocol constants, the set-up message, limits. Runs inside the sandbox.
+
+Everything here may be rewritten by the candidate, so the trainer believes nothing that it says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import resource
+import signal
+import socket
+import struct
+import sys
+import traceback
+from typing import Any
+
+FRAME = struct.Struct("<4I")  # (command or status, three arguments)
+LENGTH = struct.Struct("<I")  # before the JSON set-up message
+# statuses, from either side
+DONE, ERROR, OUT_OF_MEMORY, END = 1, 2, 3, 4
+# the trainer asks an update rule
+STEP, READOUT, READY_WITH_READOUT = 10, 11, 12
+# training code asks the trainer
+BATCH, DECLARE, START, SAVE = 20, 21, 22, 23
+ORDERS = ("stream", "documents")
+
+
+def send(control: socket.socket, command: int, *arguments: int) -> None:
+    control.sendall(FRAME.pack(command, *arguments, *[0] * (3 - len(arguments))))
+
+
+def receive(control: socket.socket) -> tuple[int, int, int, int] | None:
+    """The next frame; None when the trainer has closed the line."""
+    data = control.recv(FRAME.size, socket.MSG_WAITALL)
+    return FRAME.unpack(data) if len(data) == FRAME.size else None
+
+
+def begin() -> tuple[socket.socket, dict[str, Any], mmap.mmap] | None:
+    """Load what takes long, wait for the job, take the limits on: (control, message, shared memory).
+
+    None if the trainer closed the line before it had a job for this warm process.
+    """
+    _die_with_parent()
+    control = socket.socket(fileno=int(sys.argv[1]))
+    import torch
+
+    torch.set_num_threads(1)
+    torch.optim.SGD([torch.zeros(1)])  # the first optimizer ever made imports torch's compiler: over a second
+    head, fds, _, _ = socket.recv_fds(control, LENGTH.size, 1)
+    if len(head) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(head)
+    message: dict[str, Any] = json.loads(control.recv(length, socket.MSG_WAITALL))
+    _limit(message["memory_bytes"], message["threads"])
+    torch.manual_seed(message["seed"])
+    return control, message, mmap.mmap(fds[0], message["shared_bytes"])
+
+
+def fail(control: socket.socket, error: BaseException) -> None:
+    """Print the traceback and tell the trainer."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    send(control, OUT_OF_MEMORY if memory else ERROR)
+
+
+def _die_with_parent() -> None:
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+
+
+def _limit(memory_bytes: int, threads: int) -> None:
+    """Cap address space (over what torch has mapped already), file sizes, open files, core dumps; and threads in a
+    user namespace of our own (0: not). The kernel does not count root's threads."""
+    if threads:
+        resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
+    with open("/proc/self/statm") if sys.platform.startswith("linux") else open("/dev/null") as statm:
+        mapped = int((statm.read().split() or ["0"])[0]) * mmap.PAGESIZE
+    if mapped:
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes,) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20,) * 2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

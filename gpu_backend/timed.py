@@ -1,0 +1,131 @@
+"""The wallclock track's run: serve tokens to training code, keep the clock, take the checkpoint, evaluate it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+import checkpoint
+import data
+import host
+from candidate import Candidate, RunFailed
+from model import flops_per_token
+from sandbox import Process
+from training import Setting
+
+if TYPE_CHECKING:
+    from trainer import Result, WallclockJob
+
+SLOTS = 4  # batches made ahead
+STREAMS = 64  # cursors over the training text, from which rows are taken in turn
+
+
+class Timed(Setting):
+    """One run of a `train.py`. Its tokens are counted and its seconds taken here."""
+
+    def __init__(self, job: WallclockJob, result: Result, cancelled: Callable[[], bool]) -> None:
+        super().__init__(job, result, cancelled)
+        self.job = job
+        self._rng = np.random.default_rng(job.stream_seed("batches"))
+        first_token = self.special_ids[0] if self.special_ids else None
+        self._batches = data.Batches(self.tokens, STREAMS, self._rng, first_token)
+        self._layout = {name: ("", tuple(t.shape)) for name, t in self.model.state_dict().items()}
+        self._slot_bytes = 2 * 2 * job.max_batch_tokens  # rows of length 1 have twice as many ids
+        self._checkpoint = SLOTS * self._slot_bytes
+        self._started_at: float | None = None  # set with the first real batch
+        self._ready = False
+        self._rng_setup = np.random.default_rng(job.stream_seed("setup"))
+
+    def train(self, process: Process, progress: Callable[[], None]) -> dict[str, Tensor]:
+        """Run the candidate to its checkpoint, and end it. Raises `RunFailed` or `CheckpointError`."""
+        line = Candidate(process, self.limits, self._checkpoint + checkpoint.max_bytes(self._layout))
+        line.set_up(
+            {
+                "sources": self.job.sources,
+                "seed": self.job.stream_seed("candidate"),
+                "model": asdict(self.config),
+                "config": {"tokens": self.job.tokens, "max_batch_tokens": self.job.max_batch_tokens},
+                "slots": SLOTS,
+                "slot_bytes": self._slot_bytes,
+                "checkpoint": self._checkpoint,
+            }
+        )
+        saved = self._serve(line, progress)
+        self.result.candidate_peak_bytes = process.peak_bytes()
+        if self._started_at is None:
+            raise RunFailed("candidate_protocol", "a checkpoint before the first training batch")
+        room = len(line.memory) - self._checkpoint
+        if saved > room:
+            raise RunFailed("candidate_protocol", f"a checkpoint of {saved} bytes in room for {room}")
+        content = bytes(line.memory[self._checkpoint : self._checkpoint + saved])
+        process.kill()
+        # The clock: from the first real batch until the bytes are here and nothing of the candidate is alive.
+        self.result.train_seconds = time.monotonic() - self._started_at
+        return checkpoint.load(content, self._layout)
+
+    def _serve(self, line: Candidate, progress: Callable[[], None]) -> int:
+        """Answer requests until the checkpoint is there: its size in bytes."""
+        slot = 0
+        while True:
+            if self.cancelled():
+                raise RunFailed("cancelled", f"the run was cancelled after {self.result.tokens} tokens")
+            command, *arguments = line.receive(self._patience(line))
+            if command == host.BATCH:
+                windows = self._batch(*arguments)
+                if windows is None:
+                    line.send(host.END)
+                    continue
+                # read once, written once: what the candidate does to a slot later is its own loss
+                view = np.frombuffer(line.memory, np.uint16, windows.size, slot * self._slot_bytes)
+                view[:] = windows.ravel()
+                line.send(host.DONE, slot)
+                slot = (slot + 1) % SLOTS
+                progress()
+            elif command == host.START and not self._ready:
+                self._ready = True
+                line.send(host.DONE)
+            elif command == host.SAVE:
+                return arguments[0]
+            else:
+                raise RunFailed("candidate_protocol", f"unexpected request {command}")
+
+    def _patience(self, line: Candidate) -> float:
+        if self._started_at is not None:
+            return self.limits.stall_s
+        left = self.limits.setup_s - (time.monotonic() - line.started)
+        if left <= 0:
+            raise RunFailed("candidate_stalled", f"no training batch was asked for within {self.limits.setup_s:g} s")
+        return left
+
+    def _batch(self, rows: int, length: int, order: int) -> data.Tokens | None:
+        """The next windows, random before the start; None when the tokens are spent."""
+        tokens = rows * length
+        if not (rows >= 1 and 1 <= length <= self.config.seq_len and tokens <= self.job.max_batch_tokens):
+            raise RunFailed(
+                "candidate_protocol",
+                f"a batch of {rows} x {length}: rows of up to {self.config.seq_len} tokens and "
+                f"{self.job.max_batch_tokens} tokens in all can be had",
+            )
+        if order >= len(host.ORDERS) or (host.ORDERS[order] == "documents" and not self.special_ids):
+            raise RunFailed("candidate_protocol", "no such order of batches")
+        if not self._ready:
+            return self._rng_setup.integers(self.config.vocab_size, size=(rows, length + 1), dtype=np.uint16)
+        if self.result.tokens + tokens > self.job.tokens:
+            return None
+        if self._started_at is None:
+            self._started_at = time.monotonic()
+        self.result.tokens += tokens
+        self.result.steps += 1
+        self.result.flops += tokens * flops_per_token(replace(self.config, seq_len=length))
+        return self._batches.take(rows, length, host.ORDERS[order])
+
+    def evaluate_all(self, state: dict[str, Tensor]) -> None:
+        """The whole of every final shard, on the tier's own model."""
+        self.model.load_state_dict(state)
+        for name, shard in self.val.items():
+            self.result.val_losses[name] = self.evaluate(shard)

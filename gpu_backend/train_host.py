@@ -1,0 +1,34 @@
+"""Runs inside the sandbox: runs the candidate's train.py, with `speedrun` as its line to the trainer."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import types
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import host
+import speedrun
+
+
+def main() -> None:
+    begun = host.begin()
+    if begun is None:
+        return
+    control, message, shared = begun
+    try:
+        speedrun._connect(control, shared, message)
+        for name, source in message["sources"].items():
+            linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        module = types.ModuleType("__main__")
+        sys.modules["__main__"] = module
+        exec(compile(message["sources"]["train.py"], "train.py", "exec"), module.__dict__)
+        raise RuntimeError("train.py ended without speedrun.save(state)")
+    except BaseException as error:  # whatever the candidate raises ends its run, SystemExit too
+        host.fail(control, error)
+
+
+if __name__ == "__main__":
+    main()
