@@ -33,7 +33,7 @@ class Timed(Setting):
         self.job = job
         self._rng = np.random.default_rng(job.stream_seed("batches"))
         first_token = self.special_ids[0] if self.special_ids else None
-        self._batches = data.Batches(self.tokens, STREAMS, self._rng, first_token)
+        self.batches = data.Batches(self.tokens, STREAMS, self._rng, first_token)
         self._layout = {name: ("", tuple(t.shape)) for name, t in self.model.state_dict().items()}
         self._slot_bytes = 2 * 2 * job.max_batch_tokens  # rows of length 1 have twice as many ids
         self._checkpoint = SLOTS * self._slot_bytes
@@ -122,7 +122,7 @@ class Timed(Setting):
         self.result.tokens += tokens
         self.result.steps += 1
         self.result.flops += tokens * flops_per_token(replace(self.config, seq_len=length))
-        return self._batches.take(rows, length, host.ORDERS[order])
+        return self.batches.take(rows, length, host.ORDERS[order])
 
     def evaluate_all(self, state: dict[str, Tensor]) -> None:
         """The whole of every final shard, on the tier's own model."""

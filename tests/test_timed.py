@@ -205,13 +205,14 @@ def test_the_deadline_holds(sealed, tier):
 
 
 def test_a_cancelled_run_leaves_nothing(tier):
+    before = of_this_process()
     backend = LocalBackend("bubblewrap")
     slow = changed("loss = step(x, y)", "loss = step(x, y); import time; time.sleep(0.2)")
     run = backend.start(job_of(tier, slow))
     until = time.monotonic() + 60
     while run.progress() is None and time.monotonic() < until:
         time.sleep(0.05)
-    started = of_this_process()
+    started = of_this_process() - before
     run.cancel()
     assert run.result(30).exit_reason == "cancelled"
     backend.close()
