@@ -30,7 +30,8 @@ from nanogpt_env.stats import (
     predicted_power,
     upper_sd,
 )
-from nanogpt_env.tiers import Calibration, HumanRecord, RecordCalibration, Tier
+from nanogpt_env.tables import Calibration, HumanRecord, RecordCalibration
+from nanogpt_env.tiers import Tier
 from nanogpt_env.types import RunResult, StepsJob
 
 # Where a record's run is evaluated on the whole hidden shard, as shares of its horizon.

@@ -10,157 +10,19 @@ import json
 import tomllib
 from importlib import metadata, util
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from nanogpt_env.content import cache_dir, content_root
 from nanogpt_env.errors import TierError
-from nanogpt_env.scoring import RewardForm
 from nanogpt_env.stats import SequentialTest
+from nanogpt_env.tables import Calibration, HumanRecord, StepsTable
 from nanogpt_env.types import Limits, Record, StepsJob
 
 ENTRY_POINTS = "nanogpt_env.tiers"
 CALIBRATION = "calibration.json"
 T = TypeVar("T", bound=Record)
-
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Model(Record):
-    """Sizes of the trainer's GPT (`gpu_backend/model.py`)."""
-
-    layers: Count
-    width: Count
-    heads: Count
-    vocab_size: Count
-    seq_len: Count
-
-
-class Data(Record):
-    corpus: str
-    """a folder in gpu_backend/corpora, or a path relative to env.toml"""
-    train: str = "train"
-    public: str = "val_public"
-    """evaluated in the agent's runs"""
-    hidden: str = "val_hidden"
-    """evaluated in verification only"""
-
-
-class Training(Record):
-    batch_size: Count
-    target: Positive
-    """validation loss to reach on the hidden shard, nats per token"""
-    max_horizon: Count
-    points: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
-    """where a run is evaluated on `point_tokens` tokens before its end, as shares of its horizon"""
-    point_tokens: Count
-
-
-class LimitsTable(Record):
-    """As `types.Limits`, in the units people write; and the cap on the source."""
-
-    deadline_s: Positive
-    setup_s: Positive
-    stall_s: Positive
-    rule_time: Positive
-    memory_mib: Count
-    source_bytes: Count
-
-
-class BudgetTable(Record):
-    """Allowance of one episode. Research only, but for `submissions`: verification has its own meter."""
-
-    device_seconds: Positive
-    flops: Positive
-    tokens: Positive
-    runs: Count
-    submissions: Count
-    episode_steps: Count
-    wall_seconds: Positive
-
-
-class Verification(Record):
-    alpha: Annotated[float, Field(gt=0, lt=0.5)]
-    """level of a whole episode; a submission spends alpha / budget.submissions"""
-    n_min: Annotated[int, Field(ge=2)]
-    n_max: Annotated[int, Field(ge=3)]
-    slots: Count = 1
-    """runs at a time, the agent's and verification's each"""
-
-
-class Reward(Record):
-    form: RewardForm = "linear"
-    start: str
-    anchor: str
-
-
-class TierTable(Record):
-    """`env.toml` as written."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-    summary: str
-    track: Literal["steps"]
-    model: Model
-    data: Data
-    training: Training
-    limits: LimitsTable
-    budget: BudgetTable
-    verification: Verification
-    reward: Reward
-
-
-class RecordCalibration(Record):
-    """What was measured of one record."""
-
-    steps_mean: Positive
-    """first step at which the hidden loss is at the target, interpolated; mean over seeds"""
-    steps_sd: float
-    steps_n: Count
-    value: Positive | None = None
-    """the claim that verification accepts with power 0.9"""
-    value_error: float | None = None
-    """standard error of `value`, steps"""
-    value_n: int = 0
-    claim: int | None
-    """a claim with slack, for demonstrations: predicted to fail less than once in a thousand times; None if the
-    record's horizon has no room for one"""
-    loss_sd: float
-    """sd of the hidden loss over reruns, nats"""
-
-
-class Calibration(Record):
-    """`calibration.json`, written by `nanogpt-env tiers calibrate`; `evidence` holds every loss."""
-
-    fingerprint: str
-    """of all that the calibration depends on"""
-    trained: str
-    """of what its runs depend on: model, data, batch, records"""
-    sigma: Positive
-    """scale of the test's constants, nats"""
-    boundary: Positive
-    """constant C of the sequential test at level alpha / submissions"""
-    boundary_level: Positive
-    shard_offset: float
-    """mean loss on the public shard minus on the hidden one, nats"""
-    shard_offset_error: float
-    """standard error of `shard_offset`"""
-    shard_offset_sd: float
-    """sd of that difference from run to run"""
-    records: dict[str, RecordCalibration]
-    power: dict[str, Any]
-    evidence: dict[str, Any]
-
-
-class HumanRecord(Record):
-    """`records/<name>/record.toml` and its optimizer.py."""
-
-    name: str
-    technique: str
-    horizon: Count
-    order: int
-    source: str
 
 
 class Tier(BaseModel):
@@ -169,7 +31,7 @@ class Tier(BaseModel):
     model_config = {"frozen": True}
 
     folder: Path
-    table: TierTable
+    table: StepsTable
     records: dict[str, HumanRecord]
     """by name, in the order of the ladder"""
     task: str
@@ -319,7 +181,7 @@ def load_tier(name_or_path: str | Path, *, calibrated: bool = True) -> Tier:
     """
     folder = find_tier(name_or_path)
     try:
-        table = _read_toml(folder / "env.toml", TierTable)
+        table = _read_toml(folder / "env.toml", StepsTable)
         records = _load_records(folder)
         tier = Tier(
             folder=folder,

@@ -5,22 +5,20 @@ import shutil
 from pathlib import Path
 
 from nanogpt_env.content import content_root
-from nanogpt_env.tiers import (
-    CALIBRATION,
+from nanogpt_env.tables import (
     BudgetTable,
     Calibration,
     Data,
     HumanRecord,
-    LimitsTable,
     Model,
     RecordCalibration,
     Reward,
-    Tier,
-    TierTable,
-    Training,
+    StepsLimits,
+    StepsTable,
+    StepsTraining,
     Verification,
-    load_tier,
 )
+from nanogpt_env.tiers import CALIBRATION, Tier, load_tier
 from nanogpt_env.types import RunResult, SandboxInfo
 
 LEVEL = 0.01 / 8
@@ -58,14 +56,16 @@ def calibration(fingerprint="none", names=("adamw", "normuon"), **changes):
 
 def make_tier(**changes):
     """A tier like nano-steps, without a folder; `changes` go to its calibration."""
-    table = TierTable(
+    table = StepsTable(
         name="stub-steps",
         summary="made by hand",
         track="steps",
         model=Model(layers=2, width=64, heads=2, vocab_size=1024, seq_len=128),
         data=Data(corpus="shakespeare"),
-        training=Training(batch_size=8, target=TARGET, max_horizon=600, points=(0.25, 0.5, 0.75), point_tokens=4096),
-        limits=LimitsTable(
+        training=StepsTraining(
+            batch_size=8, target=TARGET, max_horizon=600, points=(0.25, 0.5, 0.75), point_tokens=4096
+        ),
+        limits=StepsLimits(
             deadline_s=120, setup_s=10, stall_s=10, rule_time=1.0, memory_mib=1024, source_bytes=1 << 14
         ),
         budget=BudgetTable(

@@ -73,9 +73,7 @@ speedrun.start()
 for step, (x, y) in enumerate(speedrun.batches(shapes=[(ROWS, LENGTH)] * STEPS)):
     cooldown = min(1.0, (STEPS - step) / (COOLDOWN * STEPS))
     warm = min(1.0, step / MOMENTUM_STEPS)
-    muon.param_groups[0].update(
-        lr=MUON_LR * cooldown, momentum=MOMENTUM_START + warm * (MOMENTUM_END - MOMENTUM_START)
-    )
+    muon.param_groups[0].update(lr=MUON_LR * cooldown, momentum=MOMENTUM_START + warm * (MOMENTUM_END - MOMENTUM_START))
     adam.param_groups[0]["lr"] = ADAM_LR * cooldown
     loss = model(x, y)
     loss.backward()

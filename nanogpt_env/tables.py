@@ -1,0 +1,174 @@
+"""What a tier's files hold, as typed records: `env.toml`, `records/*/record.toml`, `calibration.json`.
+
+docs/tiers.md explains every field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from nanogpt_env.scoring import RewardForm
+from nanogpt_env.types import Record, Track
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Model(Record):
+    """Sizes of the trainer's GPT (`gpu_backend/model.py`)."""
+
+    layers: Count
+    width: Count
+    heads: Count
+    vocab_size: Count
+    seq_len: Count
+
+
+class Data(Record):
+    corpus: str
+    """a folder in gpu_backend/corpora, or a path relative to env.toml"""
+    train: str = "train"
+    public: str = "val_public"
+    """evaluated in the agent's runs"""
+    hidden: str = "val_hidden"
+    """evaluated in verification only"""
+
+
+class Training(Record):
+    target: Positive
+    """validation loss to reach on the hidden shard, nats per token"""
+
+
+class StepsTraining(Training):
+    batch_size: Count
+    max_horizon: Count
+    points: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+    """where a run is evaluated on `point_tokens` tokens before its end, as shares of its horizon"""
+    point_tokens: Count
+
+
+class WallclockTraining(Training):
+    tokens: Count
+    """training tokens that a run may use: what the start record uses"""
+    max_batch_tokens: Count
+
+
+class LimitsTable(Record):
+    """As `types.Limits`, in the units people write; and the cap on the source."""
+
+    deadline_s: Positive
+    setup_s: Positive
+    stall_s: Positive
+    memory_mib: Count
+    source_bytes: Count
+
+
+class StepsLimits(LimitsTable):
+    rule_time: Positive
+
+
+class BudgetTable(Record):
+    """Allowance of one episode. Research only, but for `submissions`: verification has its own meter."""
+
+    device_seconds: Positive
+    flops: Positive
+    tokens: Positive
+    runs: Count
+    submissions: Count
+    episode_steps: Count
+    wall_seconds: Positive
+
+
+class Verification(Record):
+    alpha: Annotated[float, Field(gt=0, lt=0.5)]
+    """level of a whole episode; a submission spends alpha / budget.submissions"""
+    n_min: Annotated[int, Field(ge=2)]
+    n_max: Annotated[int, Field(ge=3)]
+    slots: Count = 1
+    """runs at a time, the agent's and verification's each"""
+
+
+class Reward(Record):
+    form: RewardForm = "linear"
+    start: str
+    anchor: str
+
+
+class TierTable(Record):
+    """`env.toml` as written: what every track has."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    summary: str
+    track: Track
+    model: Model
+    data: Data
+    training: Training
+    limits: LimitsTable
+    budget: BudgetTable
+    verification: Verification
+    reward: Reward
+
+
+class StepsTable(TierTable):
+    track: Literal["steps"]
+    training: StepsTraining
+    limits: StepsLimits
+
+
+class WallclockTable(TierTable):
+    track: Literal["wallclock"]
+    training: WallclockTraining
+
+
+class RecordCalibration(Record):
+    """What was measured of one record."""
+
+    steps_mean: Positive
+    """first step at which the hidden loss is at the target, interpolated; mean over seeds"""
+    steps_sd: float
+    steps_n: Count
+    value: Positive | None = None
+    """the claim that verification accepts with power 0.9"""
+    value_error: float | None = None
+    """standard error of `value`, steps"""
+    value_n: int = 0
+    claim: int | None
+    """a claim with slack, for demonstrations: predicted to fail less than once in a thousand times; None if the
+    record's horizon has no room for one"""
+    loss_sd: float
+    """sd of the hidden loss over reruns, nats"""
+
+
+class Calibration(Record):
+    """`calibration.json`, written by `nanogpt-env tiers calibrate`; `evidence` holds every loss."""
+
+    fingerprint: str
+    """of all that the calibration depends on"""
+    trained: str
+    """of what its runs depend on: model, data, batch, records"""
+    sigma: Positive
+    """scale of the test's constants, nats"""
+    boundary: Positive
+    """constant C of the sequential test at level alpha / submissions"""
+    boundary_level: Positive
+    shard_offset: float
+    """mean loss on the public shard minus on the hidden one, nats"""
+    shard_offset_error: float
+    """standard error of `shard_offset`"""
+    shard_offset_sd: float
+    """sd of that difference from run to run"""
+    records: dict[str, RecordCalibration]
+    power: dict[str, Any]
+    evidence: dict[str, Any]
+
+
+class HumanRecord(Record):
+    """`records/<name>/record.toml` and its optimizer.py."""
+
+    name: str
+    technique: str
+    horizon: Count
+    order: int
+    source: str
