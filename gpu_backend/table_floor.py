@@ -1,9 +1,8 @@
 """How far counting gets on a tier: the best bigram table that the tier's own model can hold, then a short finish.
 
 With the blocks' outputs at zero the model is a table: next-token logits from the current token, through embedding and
-head. The table is fitted to the bigram counts of the tokens that a run may use, and stopped where the validation loss is
-lowest, which no candidate could see: the figure favours the table. The finish trains the whole model from there on for a
-few steps.
+head. It is fitted to the bigram counts of the tokens that a run may use, and stopped where the validation loss is
+lowest, which no candidate could see: the figure favours the table. The finish trains the whole model for a few steps.
 
     python table_floor.py < job.json        prints {"bigrams": loss, "finished": loss}
 """
