@@ -5,7 +5,7 @@
 Verification assumes independent Gaussian losses. The seeds are run in batches of ten; if they are independent, the
 variance of the batches' means is a tenth of the variance of single losses, and `overdispersion`, their ratio, is 1.
 `--order contiguous` cuts a batch out of one piece of text instead (docs/design/data-order.md).
-Writes benchmarks/results/seed-noise-TIER-RECORD-ORDER.json, with all losses.
+Writes benchmarks/results/seed-noise-TIER-RECORD-STEP-ORDER.json, with all losses.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def main() -> None:
     }
     if measured and step == measured["claim"]:
         result["calibrated"] = {k: measured[k] for k in ("n", "loss_mean", "loss_sd")}
-    path = Path(__file__).parent / "results" / f"seed-noise-{args.tier}-{args.record}-{args.order}.json"
+    path = Path(__file__).parent / "results" / f"seed-noise-{args.tier}-{args.record}-{step}-{args.order}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k not in ("losses", "seeds")}, indent=1))
     print(f"wrote {path}")
