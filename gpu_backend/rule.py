@@ -59,7 +59,8 @@ class IsolatedRule:
     def __init__(self, process: Process, flat: Flat, source: str, horizon: int, seed: int, limits: Limits) -> None:
         self.flat, self.limits = flat, limits
         self.total_rule_s = self.total_forward_backward_s = 0.0
-        self._window: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._window: deque[list[float]] = deque(maxlen=WINDOW)  # seconds of the rule, and ours, by step
+        self._charged_step = 0
         section = -(-flat.params.numel() * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
         self.line = Candidate(process, limits, 3 * section)
         self._params, self._gradients, self._readout = (
@@ -80,30 +81,33 @@ class IsolatedRule:
     def step(self, step: int, forward_backward_s: float) -> None:
         """Hand over the gradients, wait for the update, copy the parameters out."""
         self._gradients.copy_(self.flat.gradients)
-        # the first step may allocate state and compile, within the set-up allowance
-        self._ask(host.STEP, step, self.limits.setup_s if step == 0 else self.limits.stall_s)
+        # the first step may allocate state and compile, within what is left of the set-up allowance
+        set_up = self.line.started + self.limits.setup_s - time.monotonic()
+        self._ask(host.STEP, step, max(set_up, 0.0) if step == 0 else self.limits.stall_s)
         self.flat.params.copy_(self._params)
-        before, self._cpu = self._cpu, self._cpu_seconds()
-        if step > 0:
-            self._check_time(step, self._cpu - before, forward_backward_s)
+        if step == 0:
+            self._cpu = self._cpu_seconds()
+            return
+        self._window.append([0.0, 0.0])
+        self._charge(step, forward_backward_s)
 
     def readout(self) -> Tensor:
         """Flat parameters to evaluate: the candidate's averaged weights, or the current ones."""
         if not self.has_readout:
             return self.flat.params
         self._ask(host.READOUT, 0, self.limits.stall_s)
-        # What it costs is in the next step's time; at the end there is none, so it may cost what a window may.
-        rule, ours = self._cpu_seconds() - self._cpu, sum(ours for _, ours in self._window)
-        if len(self._window) >= WINDOW_MIN and rule > self.limits.rule_time * ours:
-            raise RunFailed(
-                "rule_too_slow", f"readout took {rule:.2f} s of CPU time, {len(self._window)} steps {ours:.2f} s"
-            )
-        return self._readout.clone()
+        copied = self._readout.clone()
+        if self._window:
+            self._charge(self._charged_step, 0.0)  # with the step before it
+        return copied
 
-    def _check_time(self, step: int, rule_s: float, forward_backward_s: float) -> None:
-        self.total_rule_s += rule_s
+    def _charge(self, step: int, forward_backward_s: float) -> None:
+        """Add the rule's CPU time since the last charge to the last step; refuse a window that is over the cap."""
+        before, self._cpu, self._charged_step = self._cpu, self._cpu_seconds(), step
+        self.total_rule_s += self._cpu - before
         self.total_forward_backward_s += forward_backward_s
-        self._window.append((rule_s, forward_backward_s))
+        self._window[-1][0] += self._cpu - before
+        self._window[-1][1] += forward_backward_s
         if len(self._window) < WINDOW_MIN:
             return
         rule, ours = (sum(column) for column in zip(*self._window, strict=True))

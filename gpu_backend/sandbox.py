@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -65,8 +66,8 @@ class Process:
             status = Path(f"/proc/{self.pid}/status").read_text(errors="replace")
         except OSError:
             return 0
-        lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
-        return int(lines[0].split()[1]) * 1024 if lines else 0
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.partition("\n")[2], re.MULTILINE)  # past the name
+        return int(found[1]) * 1024 if found else 0
 
     def kill(self) -> None:
         """Kill everything the candidate started and wait until it is gone."""

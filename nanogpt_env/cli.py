@@ -340,7 +340,10 @@ def submit(
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
 ) -> int:
-    """Verify that a candidate reaches the target at its claim. Exit code 0: accepted, 1: rejected."""
+    """Verify that a candidate reaches the target at its claim. Exit code 0: accepted, 1: rejected.
+
+    Each call is an episode of its own: the error level holds for a call, not over repeated ones.
+    """
     with _environment(tier, sandbox) as env:
         _load(env, folder)
         horizon = horizon or claim or env.tier.record(env.tier.table.reward.start).horizon

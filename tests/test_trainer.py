@@ -426,7 +426,7 @@ def _command_lines():
 
 
 def _hosts():
-    """Rule hosts that belong to this test process's backends (other sessions may run beside us)."""
+    """Rule hosts that belong to this test process's backends (other test runs may go on beside us)."""
     cache = os.environ["NANOGPT_ENV_CACHE"]
     trainers = {
         line.split(" ", 1)[0] for line in _command_lines().splitlines() if "trainer.py" in line and cache in line
@@ -444,10 +444,13 @@ def _hosts():
 # --- holes found by reviewers, kept closed ---
 
 
-def test_a_process_name_of_odd_bytes_is_no_failure_of_ours(sealed, tier):
-    # it made the trainer's reading of /proc fail, which voided the rerun: a free choice among seeds
-    source = SGD + "torch.ctypes.CDLL(None).prctl(15, b'\\xff\\xfe', 0, 0, 0)\n"
-    assert train(sealed, tier, source, steps=2).completed
+@pytest.mark.parametrize("name", [rb"\xff\xfe", rb"\x1cVmHWM:", rb"\x1cVmHWM: 1 1", rb"\nVmHWM: 1 kB\n"])
+def test_a_process_name_of_odd_bytes_is_no_failure_of_ours(sealed, tier, name):
+    # it made the trainer's reading of /proc fail, or say what the candidate wanted
+    source = SGD + f"torch.ctypes.CDLL(None).prctl(15, b'{name.decode()}', 0, 0, 0)\n"
+    result = train(sealed, tier, source, steps=2)
+    assert result.completed
+    assert result.candidate_peak_bytes > 50 << 20
 
 
 def test_an_unexpected_trainer_fault_is_a_result_not_a_free_rerun(sealed, tier, tmp_path, monkeypatch):
@@ -475,6 +478,34 @@ def test_readout_counts_as_the_rules_time(sealed, tier):
     )
     result = train(sealed, tier, source, steps=12)
     assert result.exit_reason == "rule_too_slow"
+
+
+BURN = """
+import torch, time
+def burn(seconds):
+    until = time.process_time() + seconds
+    while time.process_time() < until: pass
+"""
+
+
+def test_readout_and_steps_share_one_allowance(sealed, tier):
+    def burning(step_s, readout_s, rule_time):
+        source = (
+            f"{SGD}{BURN}\ndef schedule(step, horizon, optimizers): burn({step_s})\n"
+            f"def readout(params, optimizers):\n    burn({readout_s})\n    return {{}}\n"
+        )
+        return train(sealed, tier, source, steps=12, rule_time=rule_time, stall_s=60.0)
+
+    cap = 1.4 * burning(0.1, 0, 1000.0).rule_time_ratio
+    assert burning(0.1, 0, cap).completed
+    assert burning(0, 1.0, cap).completed
+    assert burning(0.1, 1.0, cap).exit_reason == "rule_too_slow"
+
+
+def test_loading_and_the_first_step_share_one_allowance(sealed, tier):
+    source = SGD + BURN + "burn(3)\ndef schedule(step, horizon, optimizers):\n    if step == 0: burn(3)\n"
+    assert train(sealed, tier, source, steps=2, setup_s=30.0).completed
+    assert train(sealed, tier, source, steps=2, setup_s=4.5).exit_reason == "candidate_stalled"
 
 
 def test_a_candidate_cannot_outlive_its_killed_trainer(tier):
