@@ -491,8 +491,9 @@ def burn(seconds):
 def test_readout_and_steps_share_one_allowance(sealed, tier):
     def burning(step_s, readout_s, rule_time):
         source = (
-            f"{SGD}{BURN}\ndef schedule(step, horizon, optimizers): burn({step_s})\n"
-            f"def readout(params, optimizers):\n    burn({readout_s})\n    return {{}}\n"
+            f"{SGD}{BURN}last = 0\n"
+            f"def schedule(step, horizon, optimizers):\n    global last\n    last = step\n    burn({step_s})\n"
+            f"def readout(params, optimizers):\n    if last == 11: burn({readout_s})\n    return {{}}\n"
         )
         return train(sealed, tier, source, steps=12, rule_time=rule_time, stall_s=60.0)
 
