@@ -81,6 +81,10 @@ class _Rule:
                 init(self.params)
         made = configure(self.params, self.horizon)
         self.optimizers = list(made) if isinstance(made, (list, tuple)) else [made]
+        for optimizer in self.optimizers:
+            if not callable(getattr(optimizer, "step", None)):
+                kind = type(optimizer).__name__
+                raise TypeError(f"configure must return a torch.optim.Optimizer or a list of them, not {kind}")
         self._store()
 
     def step(self, step: int) -> None:

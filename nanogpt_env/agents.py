@@ -67,14 +67,22 @@ class Played:
         return float(sum(step["reward"] for step in self.steps))
 
 
-def play(env: Speedrun, agent: Agent, on_step: Callable[[str, str, float], None] = lambda *_: None) -> Played:
-    """One episode from `reset` to its end. `on_step(name, text, reward)` is called after each action.
+def play(
+    env: Speedrun,
+    agent: Agent,
+    on_step: Callable[[str, str, float], None] = lambda *_: None,
+    on_action: Callable[[Any], None] = lambda action: None,
+) -> Played:
+    """One episode from `reset` to its end. `on_action(action)` is called before each action, `on_step(name, text,
+    reward)` after it.
+
     Raises `BackendError` when our side fails: the agent here could only go on without its run."""
     played = Played()
     observation, info = env.reset()
     over = False
     while not over:
         action = agent.act(observation, info)
+        on_action(action)
         observation, reward, terminated, truncated, info = env.step(action)
         if info.get("error") == "BackendError":
             raise BackendError(observation["text"])

@@ -7,6 +7,7 @@ an interrupted calibration continues where it stopped.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -107,12 +108,21 @@ class Runs:
         self.tier, self.backend, self.workers, self.report = tier, backend, workers, report
         self.path = cache_dir() / "calibration" / f"{tier.name}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock_file = self.path.with_suffix(".lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise TierError(f"another calibration of tier {tier.name} is running") from None
         if fresh:
             self.path.unlink(missing_ok=True)
         # losses of another trainer are not these
         self.trainer = b"".join(path.read_bytes() for path in sorted((content_root() / "gpu_backend").glob("*.py")))
         self._lock = threading.Lock()
         self.last: RunResult | None = None
+
+    def close(self) -> None:
+        self._lock_file.close()
 
     def get(self, what: str, job: StepsJob, count: int) -> list[RunResult]:
         """`count` completed runs of `job`, each with a fresh seed. Raises `TierError` if one fails."""
@@ -171,14 +181,12 @@ def calibrate(
 ) -> Calibration:
     """Run everything and return the calibration. Raises `TierError` if the tier cannot be calibrated as it
     is (a record misses the target within its horizon, or fails)."""
-    runs = Runs(tier, backend, workers, report, fresh)
-    curves = {r.name: _curve(tier, r, runs, seeds) for r in tier.records.values()}
-    boundary = boundary_of(tier, report)
-    names = list(dict.fromkeys((tier.table.reward.start, tier.table.reward.anchor, *value)))
-    rerun: dict[str, Reruns] = {}
-    for name in names:
-        rerun[name] = _settle(tier, name, curves, boundary[0], runs, reruns)
-    last = runs.last
+    with contextlib.closing(Runs(tier, backend, workers, report, fresh)) as runs:
+        curves = {r.name: _curve(tier, r, runs, seeds) for r in tier.records.values()}
+        boundary = boundary_of(tier, report)
+        names = dict.fromkeys((tier.table.reward.start, tier.table.reward.anchor, *value))
+        rerun = {name: _settle(tier, name, curves, boundary[0], runs, reruns) for name in names}
+        last = runs.last
     about = {
         "command": f"nanogpt-env tiers calibrate {tier.name} --seeds {seeds} --reruns {reruns}",
         "versions": last.versions if last else {},
@@ -198,6 +206,8 @@ def recompute(tier: Tier, old: Calibration, report: Report = _silent) -> Calibra
     curves = {
         name: Curve(np.array(c["steps"]), np.array(c["hidden_losses"])) for name, c in old.evidence["curves"].items()
     }
+    for name, curve in curves.items():
+        _check_crossing(tier.record(name), curve, tier.table.training.target)
     rerun = {
         name: Reruns(*(np.array(v[key], dtype=np.float64) for key in ("claims", "hidden_losses", "public_losses")))
         for name, v in old.evidence["values"].items()
@@ -268,22 +278,26 @@ def _curve(tier: Tier, record: HumanRecord, runs: Runs, seeds: int) -> Curve:
         np.array([step for step, _ in results[0].val_points], dtype=np.float64),
         np.array([[loss for _, loss in r.val_points] for r in results]),
     )
-    target = tier.table.training.target
-    if not (curve.losses[:, -1] <= target).all():
-        worst = curve.losses[:, -1].max()
-        raise TierError(
-            f"record {record.name} misses the target {target:g} within its horizon of {horizon} steps "
-            f"(loss {worst:.4f}): lengthen the horizon in its record.toml or raise the target"
-        )
+    _check_crossing(record, curve, tier.table.training.target)
     return curve
 
 
-def _crossing(steps: Any, losses: Any, target: float) -> float:
-    below = int(np.argmax(losses <= target))
-    if below == 0:
+def _check_crossing(record: HumanRecord, curve: Curve, target: float) -> None:
+    if (curve.losses[:, 0] <= target).any():
         raise TierError(
-            f"a record is below the target already at step {steps[0]:g}: shorten its horizon or lower the target"
+            f"record {record.name} is below the target {target:g} already at step {curve.steps[0]:g}, "
+            f"{GRID[0]:.0%} of its horizon: shorten its horizon in its record.toml or lower the target"
         )
+    if not (curve.losses[:, -1] <= target).all():
+        worst = curve.losses[:, -1].max()
+        raise TierError(
+            f"record {record.name} misses the target {target:g} within its horizon of {record.horizon} steps "
+            f"(loss {worst:.4f}): lengthen the horizon in its record.toml or raise the target"
+        )
+
+
+def _crossing(steps: Any, losses: Any, target: float) -> float:
+    below = max(1, int(np.argmax(losses <= target)))
     fraction = (losses[below - 1] - target) / (losses[below - 1] - losses[below])
     return float(steps[below - 1] + fraction * (steps[below] - steps[below - 1]))
 

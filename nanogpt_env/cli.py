@@ -24,7 +24,7 @@ from nanogpt_env.backends.local import SANDBOXES, LocalBackend, sandbox_report
 from nanogpt_env.display import console, errors
 from nanogpt_env.env import Speedrun, StepResult
 from nanogpt_env.episode import SOURCE
-from nanogpt_env.errors import BackendError, JudgeError, NanoGPTError, TierError
+from nanogpt_env.errors import ActionError, BackendError, JudgeError, NanoGPTError, TierError
 from nanogpt_env.tiers import CALIBRATION, Tier, load_calibration, load_tier, tier_folders
 
 REJECTED, MISUSE, OURS, INTERRUPTED = 1, 2, 3, 130
@@ -35,6 +35,23 @@ app = typer.Typer(
     add_completion=False,
     help="The NanoGPT speedrun as a Gymnasium environment. Try: nanogpt-env play --tier nano-steps --agent ladder",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        _say(importlib.metadata.version("nanogpt_env"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
 tiers_app = typer.Typer(no_args_is_help=True, help="List, show and calibrate tiers.")
 app.add_typer(tiers_app, name="tiers")
 
@@ -73,7 +90,8 @@ def main() -> NoReturn:
     except Exception as error:
         if not hasattr(error, "format_message"):  # not one of click's usage errors
             raise
-        code = _fail(error.format_message(), MISUSE)
+        message = error.format_message()
+        code = _fail(message, MISUSE) if message else MISUSE  # none: the help was printed
     if code == INTERRUPTED:  # some versions of typer make this of a KeyboardInterrupt themselves
         errors.print("interrupted; nothing is left running")
     sys.exit(code or 0)
@@ -100,11 +118,13 @@ def _print_json(content: object) -> None:
 
 
 @contextmanager
-def _environment(tier: str, sandbox: str, state_dir: Path | None = None) -> Iterator[Speedrun]:
+def _environment(
+    tier: str, sandbox: str, state_dir: Path | None = None
+) -> Iterator[tuple[Speedrun, display.RunProgress]]:
     env = Speedrun(tier, sandbox=sandbox, state_dir=state_dir)
     try:
-        with display.watch(env):
-            yield env
+        with display.watch(env) as progress:
+            yield env, progress
     finally:
         env.close()
 
@@ -112,8 +132,10 @@ def _environment(tier: str, sandbox: str, state_dir: Path | None = None) -> Iter
 def _load(env: Speedrun, folder: Path) -> None:
     """Put the folder's optimizer.py into the workspace of a fresh episode."""
     path = folder / SOURCE
+    if folder.is_file():
+        raise typer.BadParameter(f"{folder} is a file; give the folder that it is in")
     if not path.is_file():
-        raise typer.BadParameter(f"{folder} has no {SOURCE}; `nanogpt-env new {folder}` makes one")
+        raise typer.BadParameter(f"{folder} has no {SOURCE}; `nanogpt-env new FOLDER --tier {env.tier.name}` makes one")
     others = sorted(p.name for p in folder.glob("*.py") if p.name != SOURCE)
     if others:
         errors.print(f"only {SOURCE} is part of a candidate; not used: {', '.join(others)}")
@@ -133,7 +155,7 @@ def _step(env: Speedrun, action: dict[str, Any]) -> StepResult:
             raise BackendError(result[0]["text"])
         if kind == "JudgeError":
             raise JudgeError(result[0]["text"])
-        raise typer.BadParameter(result[0]["text"])
+        raise ActionError(result[0]["text"])
     return result
 
 
@@ -198,7 +220,9 @@ def tiers_list(as_json: JsonOption = False) -> int:
     if as_json:
         _print_json({"tiers": rows, "unusable": unusable})
         return 0
-    table = Table("tier", "start -> anchor (steps)", "FLOPs of a start run", "summary")
+    table = Table("tier", "steps", "FLOPs", "summary", caption="steps: start -> anchor; FLOPs of a start run")
+    for column in table.columns[:3]:
+        column.no_wrap = True
     for row in rows:
         steps = f"{row['start']['value']:g} -> {row['anchor']['value']:g}"
         table.add_row(row["tier"], steps, f"{row['start_flops']:.1e}", row["summary"])
@@ -227,12 +251,14 @@ def tiers_show(tier: Annotated[str, typer.Argument(help="Name or path.")], as_js
         _print_json({**_tier_row(loaded), "settings": loaded.table.model_dump(), "calibration": calibration})
         return 0
     _say(f"{loaded.name}: {loaded.table.summary}\n{loaded.folder}")
-    table = Table("record", "technique", "steps to target", "value", "horizon")
+    table = Table("record", "steps to target", "value", "horizon", "technique")
+    for column in table.columns[:4]:
+        column.no_wrap = True
     for name, record in loaded.records.items():
         m = c.records[name]
-        value = f"{m.value:g} ± {m.value_error:g} (n = {m.value_n})" if m.value else ""
-        steps = f"{m.steps_mean:.1f}, sd {m.steps_sd:.1f} (n = {m.steps_n})"
-        table.add_row(name, record.technique, steps, value, str(record.horizon))
+        value = f"{m.value:g} ± {m.value_error:.1f}" if m.value else ""
+        steps = f"{m.steps_mean:.1f} ± {m.steps_sd:.1f}"
+        table.add_row(name, steps, value, str(record.horizon), record.technique)
     console.print(table)
     t = loaded.table
     console.print(
@@ -275,6 +301,9 @@ def tiers_calibrate(
                     loaded, backend, seeds=seeds, reruns=reruns, value=value or (), workers=workers, fresh=fresh,
                     report=counts,
                 )  # fmt: skip
+    except KeyboardInterrupt:
+        errors.print("finished runs are kept: the same command continues")
+        raise
     finally:
         backend.close()
     if not dry_run:
@@ -289,14 +318,16 @@ def tiers_calibrate(
 def new(
     folder: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
     tier: TierOption,
+    record: Annotated[str | None, typer.Option(help="Which of the tier's records. Default: its start record.")] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Make a folder with the tier's start record to edit, and the task."""
-    loaded = load_tier(tier)
+    """Make a folder with one of the tier's records to edit, and the task."""
+    loaded = load_tier(tier, calibrated=False)
+    source = loaded.record(record or loaded.table.reward.start).source
     if folder.exists() and any(folder.iterdir()):
         raise typer.BadParameter(f"{folder} exists and is not empty")
     folder.mkdir(parents=True, exist_ok=True)
-    files = {SOURCE: loaded.record(loaded.table.reward.start).source, "task.md": loaded.task}
+    files = {SOURCE: source, "task.md": loaded.task}
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     if as_json:
@@ -319,14 +350,14 @@ def run(
     as_json: JsonOption = False,
 ) -> int:
     """Train a candidate once, with validation on the public shard."""
-    with _environment(tier, sandbox) as env:
+    with _environment(tier, sandbox) as (env, _):
         _load(env, folder)
         observation, _, _, _, info = _step(env, {"type": "run", "horizon": horizon, "steps": steps, "seed": seed})
-        if as_json:
-            _print_json(info["run"])
-        else:
-            _say(observation["text"])
-        return 0 if info["run"]["exit_reason"] == "completed" else REJECTED
+    if as_json:
+        _print_json({"tier": env.tier.name, **info["run"]})
+    else:
+        _say(observation["text"])
+    return 0 if info["run"]["exit_reason"] == "completed" else REJECTED
 
 
 @app.command()
@@ -344,21 +375,24 @@ def submit(
 
     Each call is an episode of its own: the error level holds for a call, not over repeated ones.
     """
-    with _environment(tier, sandbox) as env:
+    with _environment(tier, sandbox) as (env, progress):
         _load(env, folder)
         horizon = horizon or claim or env.tier.record(env.tier.table.reward.start).horizon
         if claim is None:
-            _scout(env, horizon)
+            errors.print(
+                f"no --claim: running the candidate at horizon {horizon} (--horizon) until its runs support one"
+            )
+            _scout(env, horizon, progress)
         observation, reward, _, _, info = _step(env, {"type": "submit", "claim": claim, "horizon": horizon})
-        verdict = info["verdict"]
-        if as_json:
-            _print_json({**verdict, "reward": reward, "recovered": info["recovered"], "ledger": info["ledger"]})
-        else:
-            _say(f"{observation['text']}\nledger: {info['ledger']}")
-        return 0 if verdict["accepted"] else REJECTED
+    verdict = info["verdict"]
+    if as_json:
+        _print_json({**verdict, "reward": reward, "recovered": info["recovered"], "ledger": info["ledger"]})
+    else:
+        _say(f"{observation['text']}\nledger: {info['ledger']}")
+    return 0 if verdict["accepted"] else REJECTED
 
 
-def _scout(env: Speedrun, horizon: int) -> None:
+def _scout(env: Speedrun, horizon: int, progress: display.RunProgress) -> None:
     """Run the candidate until its runs support a claim."""
     source = env.workspace.files[SOURCE]
     for i in range(SCOUT_RUNS):
@@ -366,9 +400,10 @@ def _scout(env: Speedrun, horizon: int) -> None:
         if info["run"]["exit_reason"] != "completed":
             raise JudgeError(f"the candidate's run did not complete\n{observation['text']}")
         advice = env.episode.advice(source, horizon)
-        errors.print(f"run {i + 1}: {advice.text}", markup=False)
         if advice.claim is not None:
             return
+        progress.clear()
+        errors.print(f"run {i + 1}: {advice.text}", markup=False)
         if advice.hopeless:
             break
     raise JudgeError(f"no claim can be made: {advice.text}")
@@ -387,18 +422,22 @@ def play(
     from nanogpt_env.agents import play as play_episode
 
     if agent not in AGENTS:
-        raise typer.BadParameter(f"no agent {agent!r}; there are {', '.join(AGENTS)}")
+        raise typer.BadParameter(f"no agent {agent!r}; agents: {', '.join(AGENTS)}")
     if output:
         output.mkdir(parents=True, exist_ok=True)
 
-    def say(name: str, text: str, reward: float) -> None:
+    def announce(action: Any) -> None:
         if not as_json:
-            shown = text if name in ("run", "submit", "stop") else text.strip().split("\n")[0]
-            console.print(f"> {name}", style="bold")
-            _say(shown)
+            console.print(f"> {action.type}", style="bold")
 
-    with _environment(tier, sandbox, output) as env:
-        played = play_episode(env, AGENTS[agent](env.tier), say)
+    with _environment(tier, sandbox, output) as (env, progress):
+
+        def say(name: str, text: str, reward: float) -> None:
+            progress.clear()
+            if not as_json:
+                _say(text if name in ("run", "submit", "stop") else text.strip().split("\n")[0])
+
+        played = play_episode(env, AGENTS[agent](env.tier), say, announce)
         loaded = env.tier
     summary = {
         "tier": loaded.name,
@@ -448,7 +487,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 @app.command()
-def replay(ledger: Annotated[Path, typer.Argument(help="A ledger.jsonl.")], as_json: JsonOption = False) -> int:
+def replay(
+    ledger: Annotated[Path, typer.Argument(help="A ledger.jsonl, or the folder of an episode.")],
+    as_json: JsonOption = False,
+) -> int:
     """Recompute every verdict and reward of a ledger. Exit code 1 if they differ from what was recorded."""
     from nanogpt_env.replay import replay as recompute
 
@@ -462,7 +504,6 @@ def replay(ledger: Annotated[Path, typer.Argument(help="A ledger.jsonl.")], as_j
             table.add_row(*map(str, cells))
         console.print(table)
         console.print(f"{found.tier}: best {found.best:g} steps, recovered {found.recovered:.4f}")
-        for line in [found.recovered_line, *found.differences]:
-            if line:
-                _say(f"! {line}")
+        for line in (*found.notes, *found.differences):
+            _say(f"! {line}")
     return REJECTED if found.differences else 0

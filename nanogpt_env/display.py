@@ -18,22 +18,28 @@ errors = Console(stderr=True, highlight=False)
 
 def _bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=errors, transient=True)
+    return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
 
 
 class RunProgress:
-    """A bar for the run or rerun that is being waited for."""
+    """A bar for the run or rerun that is being waited for; `clear` takes it off the screen, before other output."""
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
+    def __init__(self) -> None:
+        self._bar = _bar()
         self._task: TaskID | None = None
         self._shown: tuple[int, RunHandle] | None = None
+
+    def clear(self) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._shown = None
+        self._bar.stop()
 
     def __call__(self, n: int, handle: RunHandle) -> None:
         """`n` is the rerun's number, 0 for a run of the agent."""
         if self._shown != (n, handle):
-            if self._task is not None:
-                self._bar.remove_task(self._task)
+            self.clear()
+            self._bar.start()
             self._task = self._bar.add_task(f"rerun {n}" if n else "run", total=None)
             self._shown = (n, handle)
         progress = handle.progress()
@@ -45,16 +51,19 @@ class RunProgress:
 
 
 @contextmanager
-def watch(env: Speedrun, say_reruns: bool = True) -> Iterator[None]:
+def watch(env: Speedrun) -> Iterator[RunProgress]:
     """Show a bar while `env` trains, and a line for every finished rerun."""
+    progress = RunProgress()
 
     def say(rerun: Rerun) -> None:
-        if say_reruns:
-            errors.print(f"    rerun {rerun.n}: {rerun.exit_reason}, {rerun.device_seconds:.1f} device_seconds")
+        progress.clear()
+        errors.print(f"    rerun {rerun.n}: {rerun.exit_reason}, {rerun.device_seconds:.1f} device_seconds")
 
-    with _bar() as bar:
-        env.on_progress, env.on_rerun = RunProgress(bar), say
-        yield
+    env.on_progress, env.on_rerun = progress, say
+    try:
+        yield progress
+    finally:
+        progress.clear()
 
 
 @contextmanager
@@ -67,7 +76,7 @@ def watch_counts() -> Iterator[Callable[[str, int, int], None]]:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)
-            if done == total:
+            if done == total or not errors.is_terminal:
                 errors.print(f"{what}: {done} of {total} done")
                 bar.update(tasks[what], visible=False)
 

@@ -250,6 +250,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
 
     def _run_info(self, run: AgentRun) -> dict[str, Any]:
         info: dict[str, Any] = {"handle": run.handle, "done": run.result is not None or bool(run.error)}
+        info |= {"horizon": run.horizon, "seed": run.seed}
         if run.result:
             info |= run.result.model_dump()
         return info

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_env import scoring
+from nanogpt_env.actions import MAX_SEED
 from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.budget import RUN_METERS, Budget, Reservation
 from nanogpt_env.claims import ClaimAdvice, advise
@@ -40,7 +41,8 @@ class AgentRun:
     snapshot: str
     steps: int
     horizon: int
-    seed: str
+    seed: int
+    """repeats the run; nothing about it tells of a verification seed"""
     process: RunHandle
     reservation: Reservation
     result: RunResult | None = None
@@ -106,8 +108,8 @@ class Episode:
         seconds = min(self.tier.table.limits.deadline_s, self.budget.left("device_seconds"))
         if seconds < MIN_RUN_SECONDS:
             raise BudgetError("device_seconds: spent; you can still submit")
-        run_seed = secrets.token_hex(16) if seed is None else f"agent/{seed}"
-        job = self.tier.job(source, steps, horizon, run_seed, (self.tier.table.data.public,))
+        seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
+        job = self.tier.job(source, steps, horizon, f"agent/{seed}", (self.tier.table.data.public,))
         job = job.model_copy(update={"limits": job.limits.model_copy(update={"deadline_s": seconds})})
         amounts = {
             "device_seconds": seconds,
@@ -123,7 +125,7 @@ class Episode:
         except BaseException:
             self._settle(handle, reservation, {})
             raise
-        run = AgentRun(handle, program, snapshot, steps, horizon, run_seed, process, reservation)
+        run = AgentRun(handle, program, snapshot, steps, horizon, seed, process, reservation)
         self.runs[handle] = run
         return run
 
@@ -164,7 +166,9 @@ class Episode:
         self._settle(run.handle, run.reservation, used)
         # a point's loss may be inf or nan, which JSON does not have: null
         fields = json.loads(r.model_dump_json(exclude={"log", "train_losses"}))
-        self.ledger.append("run", handle=run.handle, snapshot=run.snapshot, horizon=run.horizon, **fields)
+        self.ledger.append(
+            "run", handle=run.handle, snapshot=run.snapshot, horizon=run.horizon, seed=run.seed, **fields
+        )
 
     def _settle(self, handle: str, reservation: Reservation, used: dict[str, float]) -> None:
         self.budget.settle(reservation, used)

@@ -25,11 +25,14 @@ class Replay:
     total_reward: float
     submissions: list[dict[str, Any]] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
-    recovered_line: str = ""
+    notes: list[str] = field(default_factory=list)
+    """about the file itself: a torn line that was left out, an episode that has not ended"""
 
 
 def replay(path: Path) -> Replay:
-    """Raises `LedgerError` if the file is no ledger of this version, or damaged."""
+    """`path`: a ledger, or the folder of its episode. Raises `LedgerError` if it is no ledger of this version, or
+    damaged."""
+    path = path / "ledger.jsonl" if path.is_dir() else path
     lines, torn = read_ledger(path)
     if not lines or lines[0]["kind"] != "episode" or lines[0].get("version") != VERSION:
         raise LedgerError(f"{path} is not a version {VERSION} ledger: its first line must be an episode")
@@ -43,7 +46,7 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
     head = lines[0]
     start, anchor, form = head["start"]["value"], head["anchor"]["value"], head["reward_form"]
     test = SequentialTest(**head["test"])
-    out = Replay(head["tier"], best=start, recovered=0.0, total_reward=0.0, recovered_line=torn)
+    out = Replay(head["tier"], best=start, recovered=0.0, total_reward=0.0, notes=[torn] if torn else [])
     losses: dict[str, list[float]] = {}
     offers: dict[str, dict[str, Any]] = {}
     for line in lines[1:]:
@@ -55,7 +58,9 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
         elif line["kind"] == "verdict":
             decision = test.decide(losses[name])
             if decision.outcome != ("accept" if line["accepted"] else "reject"):
-                out.differences.append(f"{name}: recorded accepted={line['accepted']}, recomputed {decision.outcome}")
+                mine_is = "undecided" if decision.outcome == "continue" else f"{decision.outcome}ed"
+                recorded = "accepted" if line["accepted"] else "rejected"
+                out.differences.append(f"{name}: recorded {recorded}, recomputed {mine_is} after {decision.n} rerun(s)")
             mine = {"claim": offers[name]["claim"], "horizon": offers[name]["horizon"], "n": decision.n}
             out.differences += _differences(name, line, mine)
             before = out.best
@@ -80,6 +85,8 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
         elif line["kind"] == "end":
             now = scoring.recovered(start, anchor, out.best)
             out.differences += _differences("end", line, {"best": out.best, "recovered": now})
+    if lines[-1]["kind"] != "end":
+        out.notes.append("the episode has no end: it is going on, or was cut off")
     out.recovered = scoring.recovered(start, anchor, out.best)
     return out
 

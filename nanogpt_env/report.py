@@ -44,6 +44,8 @@ def verdict_text(verdict: Verdict, reward: float, episode: Episode) -> str:
     loss = "" if verdict.coarse_loss is None else f", mean loss about {verdict.coarse_loss:.3f}"
     cached = " This program, claim and horizon had their verdict before; nothing was rerun." if verdict.cached else ""
     trust = "" if verdict.trusted else "\ntrusted: false (no sandbox; `nanogpt-env doctor` says how to get one)"
+    if verdict.accepted and reward == 0 and not verdict.cached:
+        trust += f"\nno reward: the frontier is at {episode.best:g} steps already"
     return (
         f"{verdict.submission}: claim {verdict.claim} of horizon {verdict.horizon}: {verdict.reason}. "
         f"{verdict.n} rerun(s){loss}, {verdict.device_seconds:.1f} device_seconds.{cached}{trust}\n"

@@ -1,5 +1,6 @@
 """Calibration on synthetic runs whose crossing, slope and noise are known."""
 
+import contextlib
 import functools
 import json
 import math
@@ -304,12 +305,20 @@ def test_progress_is_reported(folder):
 # --- tiers that cannot be calibrated ---
 
 
+def test_two_calibrations_of_a_tier_do_not_run_at_once(folder):
+    tier = uncalibrated(folder)
+    first = c.Runs(tier, Synthetic(tier, CROSSINGS), 1, c._silent, False)
+    with contextlib.closing(first), pytest.raises(TierError, match="another calibration of tier tiny-steps is running"):
+        measure(tier)
+    measure(tier)
+
+
 @pytest.mark.parametrize(
     ("crossing", "text"),
     [
         (80.0, "record fast misses the target .* within its horizon of 70 steps"),
         (69.0, "record fast (misses the target|ends at a mean loss)"),
-        (30.0, "below the target already at step 49"),
+        (30.0, "record fast is below the target 5 already at step 49"),
     ],
 )
 def test_a_horizon_that_does_not_fit_is_refused(folder, crossing, text):

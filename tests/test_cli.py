@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from helpers import copy_tier
 
+import nanogpt_env
 from nanogpt_env.cli import app, tiers_app
 from nanogpt_env.tiers import builtin_tiers, load_tier
 from nanogpt_env.types import RunResult, Verdict
@@ -139,7 +141,7 @@ def test_an_error_is_a_json_object_too(candidate, content, code):
         (["submit", "{folder}", "--tier", TINY, "--claim", "60", "--horizon", "50"], "1 <= steps <= horizon"),
         (["submit", "{folder}", "--tier", TINY, "--claim", "0"], "--claim"),
         (["submit", "{folder}", "--tier", TINY, "--claim", "300"], "<= 200"),
-        (["play", "--tier", TINY, "--agent", "genius"], "no agent 'genius'; there are ladder"),
+        (["play", "--tier", TINY, "--agent", "genius"], "no agent 'genius'; agents: ladder"),
         (["play", "--tier", TINY, "--output", "{file}"], "File exists"),
         (["play", "--tier", TINY, "--output", "{file}/below"], "Not a directory"),
         (["tiers", "show", "nowhere"], "no tier 'nowhere'"),
@@ -255,10 +257,25 @@ def test_new_makes_what_run_accepts(tmp_path):
     assert (folder / "optimizer.py").read_text() == TIER.records["slow"].source
     assert (folder / "task.md").read_text() == TIER.task
     found = call_json("run", folder, "--tier", TINY, "--horizon", 40, "--steps", 12, "--seed", 1)
-    assert set(found) == {"handle", "done", *RunResult.model_fields}
-    assert (found["exit_reason"], found["steps"]) == ("completed", 12)
+    assert set(found) == {"tier", "handle", "done", "horizon", "seed", *RunResult.model_fields}
+    assert (found["exit_reason"], found["steps"], found["seed"]) == ("completed", 12, 1)
     text = call("new", tmp_path / "other", "--tier", TINY).stdout
     assert f"nanogpt-env run {tmp_path / 'other'}" in text
+
+
+def test_new_takes_any_record_also_of_a_tier_that_is_not_calibrated(tmp_path):
+    tier = copy_tier(tmp_path, calibrated=False)
+    assert call("new", tmp_path / "made", "--tier", tier, "--record", "muon").returncode == 0
+    muon = (tier / "records" / "muon" / "optimizer.py").read_text()
+    assert (tmp_path / "made" / "optimizer.py").read_text() == muon
+    refused(call("new", tmp_path / "other", "--tier", tier, "--record", "genius"), "no record 'genius'")
+
+
+def test_the_version_and_the_bare_command():
+    assert call("--version").stdout.strip() == nanogpt_env.__version__
+    bare = call()
+    assert "Usage" in bare.stdout + bare.stderr
+    assert "nanogpt-env: " not in bare.stderr
 
 
 # --- what trains ---
@@ -302,7 +319,7 @@ def test_a_rejected_submission_is_code_1(candidate):
 def test_without_a_claim_a_few_runs_make_one(candidate):
     done = call("submit", candidate(), "--tier", TINY, "--horizon", 80, "--json")
     found = json.loads(done.stdout)
-    assert f"claim {found['claim']}: predicted power" in done.stderr
+    assert "running the candidate at horizon 80" in done.stderr
     assert found["claim"] < 80
     assert done.returncode == (0 if found["accepted"] else 1)
 

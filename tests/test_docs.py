@@ -49,6 +49,8 @@ def test_python_blocks(text, tmp_path):
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+    if "Submit" in text:  # what is shown earns something
+        assert "accepted" in done.stdout and float(done.stdout.split()[-1]) > 0.2, done.stdout
 
 
 @pytest.mark.parametrize("text", blocks("sh"))
@@ -67,6 +69,7 @@ def test_shell_blocks(text, tmp_path):
                     [program, *command[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=600
                 )
                 assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+                assert command[1] != "submit" or "reward +0.7" in done.stdout, done.stdout
             case _:
                 pytest.fail(f"a documented command that no test runs: {command}")
 

@@ -164,7 +164,7 @@ def test_info_has_stable_keys_and_fresh_objects(make):
     for action, more in expected:
         infos.append(env.step(action)[4])
         assert set(infos[-1]) == INFO | more, action
-    assert set(infos[2]["run"]) == {"handle", "done", *RunResult.model_fields}
+    assert set(infos[2]["run"]) == {"handle", "done", "horizon", "seed", *RunResult.model_fields}
     for a, b in itertools.pairwise(infos):
         assert a is not b
         assert a["budget"] is not b["budget"]

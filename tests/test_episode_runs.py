@@ -179,8 +179,8 @@ def test_slots_bound_the_runs_at_a_time(make):
 def test_a_run_that_is_not_waited_for_is_polled(make):
     env = make(backend := FakeBackend(hold={1}))
     observation, _, _, _, info = do(env, Run(horizon=100, wait=False))
-    assert info["run"] == {"handle": "run-1", "done": False}
-    assert "running, step 1 of 100" in observation["text"]
+    assert info["run"] == {"handle": "run-1", "done": False, "horizon": 100, "seed": info["run"]["seed"]}
+    assert "running, 1 of 100" in observation["text"]
     assert do(env, Poll(handle="run-1"))[4]["run"]["done"] is False
     backend.runs[0].held = False
     info = do(env, Poll(handle="run-1"))[4]

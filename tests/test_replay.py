@@ -97,8 +97,19 @@ def test_a_torn_last_line_is_reported(path):
     write(path, episode_lines((200, GOOD)))
     path.write_bytes(path.read_bytes()[:-10])
     out = replay(path)
-    assert "torn" in out.recovered_line
+    assert "torn" in out.notes[0]
     assert out.best == 200
+
+
+def test_an_episode_that_has_not_ended_says_so_and_a_folder_will_do(path):
+    lines = episode_lines((200, GOOD))
+    assert replay(write(path, lines)).notes == []
+    write(path, lines[:-1])
+    assert replay(path).notes == ["the episode has no end: it is going on, or was cut off"]
+    folder = path.parent / "episode"
+    folder.mkdir()
+    (folder / "ledger.jsonl").write_bytes(path.read_bytes())
+    assert replay(folder) == replay(path)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def judge_source(source: str, rules: Rules | None = None) -> list[str]:
         # the grammar first: a warning about a literal is no reason to refuse
         tree = parse_source(source)
     except SyntaxError as error:
-        return [f"line {error.lineno or 1}: {error.msg}"]
+        return [f"line {error.lineno or 1}, column {error.offset or 1}: {error.msg}"]
     except (ValueError, RecursionError, MemoryError) as error:
         return [f"cannot be parsed: {str(error) or type(error).__name__}"]
     nodes: list[ast.AST] = []
