@@ -122,9 +122,9 @@ class LocalRun:
         if self._error:
             return self._error
         text = "\n".join(self._stderr)
-        if "No module named 'torch'" in text:
+        if "No module named 'torch'" in text or "No module named 'safetensors'" in text:
             return (
-                "training needs PyTorch, which is not installed for this Python. Install the build for your "
+                "training needs PyTorch and safetensors, which are not installed for this Python. Install the build for your "
                 "CPU or GPU first (README, 'Install'), then `pip install 'nanogpt_env[train]'`"
             )
         return f"the trainer ended with exit code {self._process.returncode} and no result\n{text}".strip()
