@@ -19,9 +19,9 @@ HEAVY = {"torch", "scipy", "docker", "openai", "anthropic", "rich", "typer", "ma
 # Each module imports from modules above it only. The package itself, which is imported by every one of
 # them first, re-exports what users need.
 LAYERS = [
-    "errors", "types", "actions", "content", "stats", "timing", "scoring", "budget", "ledger", "replay", "tables", "tiers",
-    "claims", "workspace", "judging", "judging.static", "backends", "backends.local", "verify", "episode", "report",
-    "spaces", "env", "agents", "plots", "calibrate", "display", "cli",
+    "errors", "types", "actions", "content", "slots", "stats", "timing", "scoring", "budget", "ledger", "replay",
+    "tables", "tiers", "claims", "workspace", "judging", "judging.static", "backends", "backends.local", "verify",
+    "episode", "report", "spaces", "env", "agents", "plots", "calibrate", "display", "cli",
 ]  # fmt: skip
 
 

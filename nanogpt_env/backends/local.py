@@ -124,8 +124,8 @@ class LocalRun:
         text = "\n".join(self._stderr)
         if "No module named 'torch'" in text or "No module named 'safetensors'" in text:
             return (
-                "training needs PyTorch and safetensors, which are not installed for this Python. Install the build for your "
-                "CPU or GPU first (README, 'Install'), then `pip install 'nanogpt_env[train]'`"
+                "training needs PyTorch and safetensors, which are not installed for this Python. Install the PyTorch "
+                "build for your CPU or GPU first (README, 'Install'), then `pip install 'nanogpt_env[train]'`"
             )
         return f"the trainer ended with exit code {self._process.returncode} and no result\n{text}".strip()
 
