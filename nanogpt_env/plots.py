@@ -38,9 +38,8 @@ def loss_curves(path: Path, tier: Tier, runs: list[dict[str, Any]], verdicts: li
         mark, label = ("^", "accepted") if verdict["accepted"] else ("x", "rejected")
         colour = "green" if verdict["accepted"] else "red"
         axes.plot(verdict["claim"], target, mark, color=colour, label=f"claim {verdict['claim']}, {label}")
-        axes.annotate(
-            str(verdict["claim"]), (verdict["claim"], target), (0, 6), textcoords="offset points", ha="center"
-        )
+        at = (verdict["claim"], target)
+        axes.annotate(str(verdict["claim"]), at, (0, -14), textcoords="offset points", ha="center", fontsize=8)
     # the interesting part is the end of the runs
     ends = [loss for run in runs for _, loss in whole_shard(run, tier.table.data.public) if math.isfinite(loss)]
     if ends:
