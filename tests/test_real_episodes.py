@@ -26,7 +26,7 @@ class Told(display.RunProgress):
     def __call__(self, n, handle):
         super().__call__(n, handle)
         progress = handle.progress()
-        if progress and progress.step > 2:
+        if progress and progress.done > 2:
             print("training", flush=True)
 
 display.RunProgress = Told
