@@ -223,14 +223,11 @@ def test_threads_share_one_object(folder):
     assert all(cores in ([0], [1], [0, 1]) for cores in most)
 
 
-@pytest.mark.parametrize("kind", ["a file", "in a file", "not ours", "read-only"])
+@pytest.mark.parametrize("kind", ["a file", "in a file", "not ours"])
 def test_a_folder_that_cannot_be_used(kind, tmp_path):
-    if kind == "read-only" and os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
     (tmp_path / "file").touch()
-    (tmp_path / "closed").mkdir(mode=0o500)
     folder = {"a file": tmp_path / "file", "in a file": tmp_path / "file" / "slots", "not ours": Path("/proc/slots")}
-    mine = Slots("me", [0], folder.get(kind, tmp_path / "closed"))
+    mine = Slots("me", [0], folder[kind])
     for method in (mine.acquire, mine.acquire_all):
         with pytest.raises(BackendError, match=r"cannot use the slots in .*: .*set NANOGPT_ENV_STATE"):
             method(timeout=0)
