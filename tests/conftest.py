@@ -9,6 +9,8 @@ import pytest
 from fakes import FakeBackend
 
 from nanogpt_env import Speedrun
+from nanogpt_env.backends.local import LocalBackend
+from nanogpt_env.tiers import load_tier
 
 TINY = Path(__file__).parent / "tiny-steps"
 
@@ -38,3 +40,23 @@ def make(tmp_path):
     yield make
     for env in made:
         env.close()
+
+
+@pytest.fixture(scope="module")
+def tier():
+    return load_tier(TINY)
+
+
+@pytest.fixture(scope="module", params=["bubblewrap", "plain"])
+def backend(request):
+    """What trains for real, in every sandbox."""
+    backend = LocalBackend(request.param, warm=True)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def sealed():
+    backend = LocalBackend("bubblewrap", warm=True)
+    yield backend
+    backend.close()

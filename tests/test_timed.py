@@ -6,12 +6,10 @@ import math
 import time
 
 import pytest
-from conftest import TINY
 from processes import left_after, of_this_process
 
 from nanogpt_env.backends.local import LocalBackend
 from nanogpt_env.content import cache_dir
-from nanogpt_env.tiers import load_tier
 from nanogpt_env.types import WallclockJob
 
 TOKENS = 64 * 64 * 8
@@ -40,25 +38,6 @@ for i, (x, y) in enumerate(speedrun.batches(8, 64)):
 print(f"{i + 1} steps, loss {loss:.3f}")
 speedrun.save(model.state_dict())
 """
-
-
-@pytest.fixture(scope="module")
-def tier():
-    return load_tier(TINY)
-
-
-@pytest.fixture(scope="module", params=["bubblewrap", "plain"])
-def backend(request):
-    backend = LocalBackend(request.param, warm=True)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture(scope="module")
-def sealed():
-    backend = LocalBackend("bubblewrap", warm=True)
-    yield backend
-    backend.close()
 
 
 def job_of(tier, source, seed="1", tokens=TOKENS, **limits):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 
 from nanogpt_env.backends.local import LocalBackend, sandbox_report
 from nanogpt_env.content import content_root
@@ -21,26 +20,6 @@ import torch
 def configure(params, horizon):
     return torch.optim.SGD(params.values(), lr=0.1)
 """
-SANDBOXES = ["bubblewrap", "plain"]
-
-
-@pytest.fixture(scope="module")
-def tier():
-    return load_tier(TINY)
-
-
-@pytest.fixture(scope="module", params=SANDBOXES)
-def backend(request):
-    backend = LocalBackend(request.param, warm=True)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture(scope="module")
-def sealed():
-    backend = LocalBackend("bubblewrap", warm=True)
-    yield backend
-    backend.close()
 
 
 def train(backend, tier, source, steps=8, seed="1", horizon=None, shards=("val_public",), **limits):
