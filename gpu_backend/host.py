@@ -23,7 +23,7 @@ DONE, ERROR, OUT_OF_MEMORY, END = 1, 2, 3, 4
 # the trainer asks an update rule
 STEP, READOUT, READY_WITH_READOUT = 10, 11, 12
 # training code asks the trainer
-BATCH, DECLARE, START, SAVE = 20, 21, 22, 23
+BATCH, START, SAVE = 20, 21, 22
 ORDERS = ("stream", "documents")
 
 

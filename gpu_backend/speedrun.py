@@ -12,7 +12,6 @@ docs/candidate.md has the whole of it. Runs inside the sandbox; nothing here mea
 from __future__ import annotations
 
 import itertools
-import json
 import socket
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -79,12 +78,6 @@ def start() -> None:
     _call(host.START)
 
 
-def declare(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Before `start()`, on tiers with a free model: each tensor's dtype ('F32', 'BF16', ...) and shape. `save` may
-    bring nothing else."""
-    _call(host.DECLARE, _write(json.dumps({name: [dtype, list(shape)] for name, (dtype, shape) in layout.items()})))
-
-
 def save(state: Mapping[str, Tensor]) -> None:
     """Hand over the trained tensors. Does not return: the run is over when the trainer has them."""
     import safetensors.torch
@@ -95,8 +88,7 @@ def save(state: Mapping[str, Tensor]) -> None:
     host.receive(_control)
 
 
-def _write(content: str | bytes) -> int:
-    data = content.encode() if isinstance(content, str) else content
+def _write(data: bytes) -> int:
     room = len(_memory) - _checkpoint
     if len(data) > room:
         raise ValueError(f"{len(data)} bytes, but a checkpoint may have {room}")

@@ -34,7 +34,7 @@ class Timed(Setting):
         self._rng = np.random.default_rng(job.stream_seed("batches"))
         first_token = self.special_ids[0] if self.special_ids else None
         self.batches = data.Batches(self.tokens, STREAMS, self._rng, first_token)
-        self._layout = {name: ("", tuple(t.shape)) for name, t in self.model.state_dict().items()}
+        self._layout = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
         self._slot_bytes = 2 * 2 * job.max_batch_tokens  # rows of length 1 have twice as many ids
         self._checkpoint = SLOTS * self._slot_bytes
         self._started_at: float | None = None  # set with the first real batch

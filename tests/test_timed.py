@@ -165,6 +165,10 @@ FAULTS = {
         "candidate_protocol",
     ),
     "is not finite": (changed(SAVE, "model.head.weight.data[0, 0] = float('nan')\n" + SAVE), "nonfinite_loss"),
+    "brings another tensor": (
+        changed(SAVE, "speedrun.save({**model.state_dict(), 'more': torch.zeros(1)})"),
+        "checkpoint_refused",
+    ),
     "eats memory": (changed("speedrun.start()", "x = torch.ones(1 << 33)"), "candidate_memory"),
 }
 

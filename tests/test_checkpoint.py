@@ -1,0 +1,91 @@
+"""A checkpoint is read only if it is exactly what the model holds; anything else has a fixed code."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from nanogpt_env.content import content_root
+
+sys.path.insert(0, str(content_root() / "gpu_backend"))
+import checkpoint
+
+STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
+LAYOUT = {"a": (2, 3), "b": (4,)}
+
+
+def code(data):
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.load(data, LAYOUT)
+    assert caught.value.code in checkpoint.CODES
+    return caught.value.code
+
+
+def packed(header, data=b"\0" * 40):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(shape, start, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_fits_is_loaded_as_float32(dtype):
+    data = save({name: t.to(dtype) for name, t in STATE.items()}, metadata={"format": "pt"})
+    assert len(data) <= checkpoint.max_bytes(LAYOUT)
+    loaded = checkpoint.load(data, LAYOUT)
+    assert all(torch.equal(loaded[name], t) and loaded[name].dtype == torch.float32 for name, t in STATE.items())
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({}, "names"),
+        ({"a": STATE["a"]}, "names"),
+        ({**STATE, "c": torch.ones(1)}, "names"),
+        ({**STATE, "b": torch.ones(5)}, "shape"),
+        ({**STATE, "a": torch.ones(3, 2)}, "shape"),
+        ({**STATE, "b": torch.ones(4, dtype=torch.int64)}, "dtype"),
+    ],
+)
+def test_other_tensors_are_refused(state, expected):
+    assert code(save(state)) == expected
+
+
+GOOD = {"a": entry([2, 3], 0, 24), "b": entry([4], 24, 40)}
+
+
+def test_the_hand_made_one_is_good():
+    assert set(checkpoint.load(packed(GOOD), LAYOUT)) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "header"),
+        (b"\0" * 7, "header"),
+        (b"\xff" * 8, "header"),
+        (packed(b"[1]"), "header"),
+        (packed(b"{"), "header"),
+        (packed(b"[" * 100_000), "header"),
+        (packed(b'{"a": 1' + b"0" * 5000 + b"}"), "header"),
+        (packed(json.dumps(GOOD)[:-1].encode() + b', "b": ' + json.dumps(GOOD["b"]).encode() + b"}"), "header"),
+        (packed({**GOOD, "b": 3}), "header"),
+        (packed({**GOOD, "b": {**entry([4], 24, 40), "more": 1}}), "header"),
+        (packed({**GOOD, "b": entry([4], 24, 40, dtype=["F32"])}), "dtype"),
+        (packed({**GOOD, "b": entry([4.0], 24, 40)}), "shape"),
+        (packed({**GOOD, "b": entry([True] * 4, 24, 40)}), "shape"),
+        (packed({**GOOD, "b": entry([4], 0, 16)}), "layout"),  # over another tensor
+        (packed({**GOOD, "b": entry([4], 28, 44)}, b"\0" * 44), "layout"),  # a gap
+        (packed({**GOOD, "b": entry([4], 24, 44)}, b"\0" * 44), "layout"),
+        (packed({**GOOD, "b": entry([4], -16, 0)}), "layout"),
+        (packed({**GOOD, "b": entry([4], 1 << 70, (1 << 70) + 16)}), "layout"),
+        (packed(GOOD, b"\0" * 41), "layout"),
+        (packed(GOOD, b"\0" * 39), "layout"),
+    ],
+)  # fmt: skip
+def test_malicious_bytes_are_refused(data, expected):
+    assert code(data) == expected
