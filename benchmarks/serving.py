@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def shard() -> data.Tokens:
     return data.read_shard(shards["train"])
 
 
-def client(fd: int, memory_fd: int, slot_bytes: int, shape: tuple[int, int], count: int, answer: object) -> None:
+def client(fd: int, memory_fd: int, slot_bytes: int, shape: tuple[int, int], count: int, answer: Connection) -> None:
     torch.set_num_threads(1)
     shared = mmap.mmap(memory_fd, SLOTS * slot_bytes)
     message = {"slot_bytes": slot_bytes, "slots": SLOTS, "checkpoint": 0, "config": {}, "model": {
@@ -48,7 +49,7 @@ def client(fd: int, memory_fd: int, slot_bytes: int, shape: tuple[int, int], cou
     speedrun._connect(socket.socket(fileno=fd), shared, message)
     began = time.perf_counter()
     total = sum(int(x[0, 0]) for x, _ in speedrun.batches(shapes=[shape] * count))
-    answer.send((time.perf_counter() - began, total))  # type: ignore[attr-defined]
+    answer.send((time.perf_counter() - began, total))
 
 
 def served(tokens: data.Tokens, shape: tuple[int, int], count: int) -> float:

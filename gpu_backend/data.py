@@ -195,7 +195,7 @@ class Batches:
     """
 
     def __init__(self, tokens: Tokens, streams: int, rng: np.random.Generator, first_token: int | None = None) -> None:
-        """Raises ValueError when `tokens` has not one entry for each stream, or no document."""
+        """Raises ValueError when `tokens` has not one entry for each stream."""
         if not 1 <= streams <= len(tokens):
             raise ValueError(
                 f"{streams} streams over {len(tokens)} tokens: need at least 1 stream, and a token for each."

@@ -177,8 +177,10 @@ def _setting(job: Job, result: Result, cancel: Cancel) -> Any:
     from timed import Timed
     from training import Training
 
-    kind = Training if isinstance(job, StepsJob) else Timed
-    return kind(job, result, lambda: cancel.called)  # type: ignore[arg-type]
+    if isinstance(job, StepsJob):
+        return Training(job, result, lambda: cancel.called)
+    assert isinstance(job, WallclockJob)
+    return Timed(job, result, lambda: cancel.called)
 
 
 def _progress(job: Job, result: Result) -> dict[str, Any]:
@@ -219,7 +221,8 @@ def main() -> int:
     parser.add_argument("--hide", action="append", default=[], help="folder no candidate may see")
     args = parser.parse_args()
     sandbox.adopt_orphans()
-    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # the job's, whatever the locale
+    # the job's, whatever the locale; typeshed does not know that it is a TextIOWrapper
+    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     log = BoundedLog()
     hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
     try:

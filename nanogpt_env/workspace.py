@@ -195,29 +195,28 @@ def _utf8_size(path: str, text: str) -> int:
         raise ActionError(f"{path} must be valid Unicode text") from None
 
 
-def _apply(part: object, text: str) -> str:
-    """One file's hunks, each of which must match the lines at the place it names."""
+def _apply(part: Any, text: str) -> str:
+    """One file's hunks (of unidiff, which has no types); each must match the lines at the place it names."""
     lines, result, position = text.splitlines(keepends=True), [], 0
-    for hunk in part:  # type: ignore[attr-defined]  # unidiff has no types
+    for hunk in part:
         expected, replacement = _sides(hunk)
         # a hunk without old lines names the line that it comes after
         start = hunk.source_start - 1 if expected else hunk.source_start
         if not position <= start <= len(lines) or lines[start : start + len(expected)] != expected:
             raise ActionError(
-                f"the hunk at line {hunk.source_start} does not fit {part.path}; "  # type: ignore[attr-defined]
-                "read the file again, or use edit_file"
+                f"the hunk at line {hunk.source_start} does not fit {part.path}; read the file again, or use edit_file"
             )
         result += lines[position:start] + replacement
         position = start + len(expected)
     return "".join(result + lines[position:])
 
 
-def _sides(hunk: object) -> tuple[list[str], list[str]]:
+def _sides(hunk: Any) -> tuple[list[str], list[str]]:
     """The old and the new lines of a hunk. A marker takes the newline off the line before it."""
     old: list[str] = []
     new: list[str] = []
     touched: list[list[str]] = []
-    for line in hunk:  # type: ignore[attr-defined]
+    for line in hunk:
         if line.line_type == "\\":
             for side in touched:
                 side[-1] = side[-1].removesuffix("\n")

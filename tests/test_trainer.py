@@ -5,34 +5,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from processes import command_lines, hosts
+from rules import SGD, schedule, train
 
-from nanogpt_env.backends.local import LocalBackend, sandbox_report
+from nanogpt_env.backends.local import LocalBackend
 from nanogpt_env.content import content_root
 from nanogpt_env.errors import BackendError
 from nanogpt_env.tiers import load_tier
-
-SGD = """
-import torch
-def configure(params, horizon):
-    return torch.optim.SGD(params.values(), lr=0.1)
-"""
-
-
-def train(backend, tier, source, steps=8, seed="1", horizon=None, shards=("val_public",), **limits):
-    job = tier.job(source, steps, horizon or steps, seed, shards)
-    job = job.model_copy(update={"limits": job.limits.model_copy(update=limits)})
-    run = backend.start(job)
-    return run.result(120)
-
-
-def schedule(body):
-    """A rule whose schedule hook does `body` at step 3."""
-    lines = "\n".join("        " + line for line in body.strip().splitlines())
-    return f"{SGD}\ndef schedule(step, horizon, optimizers):\n    if step == 3:\n{lines}\n"
 
 
 def in_process(tier, source, steps, seed):
@@ -224,7 +206,7 @@ def test_faults_end_the_run_with_a_reason_and_leave_no_process(backend, tier, fa
     result = train(backend, tier, IS_SOCKET + schedule(body), **limits)
     assert result.exit_reason == reason, result.detail
     assert result.steps >= 3
-    assert _hosts() <= 2  # at most the warm spare: a launcher and its host
+    assert hosts() <= 2  # at most the warm spare: a launcher and its host
 
 
 @pytest.mark.parametrize("source", ["x = (", "import torch\n", "raise RuntimeError('at import')"])
@@ -269,7 +251,7 @@ def test_detached_children_of_a_plain_candidate_are_found_and_killed(tier):
         assert train(backend, tier, schedule(body)).exit_reason == "candidate_error"
     finally:
         backend.close()
-    assert marker not in _command_lines()
+    assert marker not in command_lines()
 
 
 def test_cancel_ends_a_run_at_once(sealed, tier):
@@ -292,7 +274,7 @@ def test_closing_the_backend_leaves_no_process(tier):
     backend.close()
     assert run.done()
     assert str(content_root() / "gpu_backend" / "trainer.py") not in "".join(
-        line for line in _command_lines().splitlines() if f"--hide {os.environ['NANOGPT_ENV_CACHE']}" in line
+        line for line in command_lines().splitlines() if f"--hide {os.environ['NANOGPT_ENV_CACHE']}" in line
         and f" {os.getpid()} " in line
     )  # fmt: skip
 
@@ -316,257 +298,3 @@ def test_without_torch_the_error_says_how_to_get_it(tier, monkeypatch, tmp_path)
     with pytest.raises(BackendError, match="pip install"):
         backend.start(tier.job(SGD, 5, 5, "1", ("val_public",))).result(30)
     backend.close()
-
-
-# --- the sandbox ---
-
-PROBE = """
-import os, socket, ctypes, subprocess
-def attempt(name, f):
-    try:
-        f()
-        print(name, 'ALLOWED')
-    except OSError as error:
-        print(name, 'refused', error.errno)
-for family in ('AF_INET', 'AF_INET6', 'AF_NETLINK', 'AF_PACKET'):
-    attempt(family, lambda: socket.socket(getattr(socket, family), socket.SOCK_DGRAM))
-def unix(name):
-    s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    s.connect(name)
-attempt('abstract', lambda: unix('\\0nanogpt-test'))
-for path in ('/x', '/usr/x', '/etc/x', '/dev/x', '/proc/sys/kernel/core_pattern', '/trainer/rule_host.py'):
-    attempt('write ' + path, lambda: open(path, 'w'))
-for folder, below, names in os.walk('/proc'):
-    below[:] = [name for name in below if name not in ('1', 'self', 'thread-self')]
-    for path in [os.path.join(folder, name) for name in names]:
-        try:
-            os.close(os.open(path, os.O_WRONLY))
-            print('write', path, 'ALLOWED')
-        except OSError:
-            pass
-attempt('fork', os.fork)
-attempt('subprocess', lambda: subprocess.run(['/bin/true']))
-def fill():
-    with open('/tmp/a', 'wb', buffering=0) as f:
-        if f.write(b'x' * (64 << 20)) < 64 << 20: raise OSError(28, 'short')
-attempt('fill /tmp', fill)
-attempt('kill -1', lambda: os.kill(-1, 9))
-libc = ctypes.CDLL(None, use_errno=True)
-for name, arguments in (('memfd_create', (b'x', 0)), ('unshare', (0x10000000,)), ('ptrace', (0, 0, 0, 0))):
-    libc_result = getattr(libc, name)(*arguments)
-    print(name, 'ALLOWED' if libc_result >= 0 else 'refused')
-print('content', [p for p in HIDDEN if os.path.exists(p)])
-print('environment', sorted(os.environ))
-print('pids', [p for p in os.listdir('/proc') if p.isdigit()])
-"""
-
-
-def test_the_sandbox_shows_nothing_and_lets_nothing_out(sealed, tier, monkeypatch):
-    import socket
-
-    root = content_root()
-    hidden = [str(root / "envs"), str(root / "gpu_backend"), os.environ["NANOGPT_ENV_CACHE"], str(Path.home() / ".ssh")]
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind("\0nanogpt-test")
-        listener.listen()
-        result = train(sealed, tier, f"HIDDEN = {hidden!r}\n{PROBE}\n{SGD}", steps=2)
-    assert result.exit_reason == "completed", result.log
-    assert "ALLOWED" not in result.log
-    assert "content []" in result.log
-    assert "OPENAI" not in result.log
-    assert "pids ['1']" in result.log
-
-
-def test_memory_outside_the_address_space_cannot_be_hoarded(sealed, tier):
-    body = """
-import os
-for i in range(200):
-    with open(f'/dev/shm/{i}', 'wb', buffering=0) as f:
-        f.write(b'x' * (1 << 20))
-"""
-    assert train(sealed, tier, schedule(body)).exit_reason == "candidate_error"
-
-
-def test_doctor_report_names_the_reason_when_bubblewrap_is_missing(monkeypatch):
-    report = sandbox_report()
-    assert report["auto"] == "bubblewrap"
-    assert report["plain"]["trusted"] is False
-
-
-def _command_lines():
-    lines = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            lines.append(f"{entry.name} " + (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return "\n".join(lines)
-
-
-def _hosts():
-    """Rule hosts that belong to this test process's backends (other test runs may go on beside us)."""
-    cache = os.environ["NANOGPT_ENV_CACHE"]
-    trainers = {
-        line.split(" ", 1)[0] for line in _command_lines().splitlines() if "trainer.py" in line and cache in line
-    }
-    children = 0
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if entry.read_text(errors="replace").rpartition(")")[2].split()[1] in trainers:
-                children += 1
-        except OSError:
-            continue
-    return children
-
-
-# --- holes found by reviewers, kept closed ---
-
-
-@pytest.mark.parametrize("name", [rb"\xff\xfe", rb"\x1cVmHWM:", rb"\x1cVmHWM: 1 1", rb"\nVmHWM: 1 kB\n"])
-def test_a_process_name_of_odd_bytes_is_no_failure_of_ours(sealed, tier, name):
-    # it made the trainer's reading of /proc fail, or say what the candidate wanted
-    source = SGD + f"torch.ctypes.CDLL(None).prctl(15, b'{name.decode()}', 0, 0, 0)\n"
-    result = train(sealed, tier, source, steps=2)
-    assert result.completed
-    assert result.candidate_peak_bytes > 50 << 20
-
-
-def test_an_unexpected_trainer_fault_is_a_result_not_a_free_rerun(sealed, tier, tmp_path, monkeypatch):
-    import shutil
-
-    root = tmp_path / "root"
-    shutil.copytree(content_root() / "gpu_backend", root / "gpu_backend")
-    training = root / "gpu_backend" / "training.py"
-    training.write_text(training.read_text().replace("rule.step(step, seconds)", "raise ZeroDivisionError", 1))
-    monkeypatch.setattr("nanogpt_env.backends.local.content_root", lambda: root)
-    backend = LocalBackend("bubblewrap")
-    try:
-        assert train(backend, tier, SGD).exit_reason == "trainer_error"
-    finally:
-        backend.close()
-
-
-def test_readout_counts_as_the_rules_time(sealed, tier):
-    source = SGD + (
-        "import time\n"
-        "def readout(params, optimizers):\n"
-        "    until = time.process_time() + 2.0\n"
-        "    while time.process_time() < until: pass\n"
-        "    return {}\n"
-    )
-    result = train(sealed, tier, source, steps=12)
-    assert result.exit_reason == "rule_too_slow"
-
-
-BURN = """
-import torch, time
-def burn(seconds):
-    until = time.process_time() + seconds
-    while time.process_time() < until: pass
-"""
-
-
-def test_readout_and_steps_share_one_allowance(sealed, tier):
-    def burning(step_s, readout_s, rule_time):
-        source = (
-            f"{SGD}{BURN}last = 0\n"
-            f"def schedule(step, horizon, optimizers):\n    global last\n    last = step\n    burn({step_s})\n"
-            f"def readout(params, optimizers):\n    if last == 11: burn({readout_s})\n    return {{}}\n"
-        )
-        return train(sealed, tier, source, steps=12, rule_time=rule_time, stall_s=60.0)
-
-    cap = 1.4 * burning(0.1, 0, 1000.0).rule_time_ratio
-    assert burning(0.1, 0, cap).completed
-    assert burning(0, 1.0, cap).completed
-    assert burning(0.1, 1.0, cap).exit_reason == "rule_too_slow"
-
-
-def test_loading_and_the_first_step_share_one_allowance(sealed, tier):
-    source = SGD + BURN + "burn(3)\ndef schedule(step, horizon, optimizers):\n    if step == 0: burn(3)\n"
-    assert train(sealed, tier, source, steps=2, setup_s=30.0).completed
-    assert train(sealed, tier, source, steps=2, setup_s=4.5).exit_reason == "candidate_stalled"
-
-
-def test_a_candidate_cannot_outlive_its_killed_trainer(tier):
-    source = SGD + (
-        "torch.ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\ndef schedule(step, horizon, optimizers):\n    while True: pass\n"
-    )
-    backend = LocalBackend("bubblewrap")
-    run = backend.start(tier.job(source, 5, 5, "1", ("val_public",)).model_copy())
-    time.sleep(6)
-    trainer = run._process.pid
-    hosts = _children_of(trainer)
-    assert hosts
-    os.kill(trainer, 9)
-    with pytest.raises(BackendError):
-        run.result(20)
-    deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{p}/cmdline").exists() for p in hosts) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [p for p in hosts if _alive(p)]
-    backend.close()
-
-
-def test_auto_is_decided_once_for_a_backend(tier):
-    backend = LocalBackend("auto")
-    try:
-        assert train(backend, tier, SGD, steps=1).sandbox.name == backend.sandbox == "bubblewrap"
-    finally:
-        backend.close()
-
-
-def test_folders_named_hidden_are_not_visible_below_a_mounted_path(tier):
-    import sysconfig
-
-    folder = Path(sysconfig.get_paths()["purelib"]) / "scipy"  # stands for a tier installed by a package
-    source = SGD + f"import os\nprint('seen', os.listdir({str(folder)!r}))\n"
-    backend = LocalBackend("bubblewrap", hidden=[folder])
-    try:
-        assert "seen []" in train(backend, tier, source, steps=1).log
-    finally:
-        backend.close()
-
-
-def test_an_interpreter_below_tmp_works(tier, tmp_path):
-    """The sandbox mounts its own /tmp, which must not hide a virtual environment that lies there."""
-    import subprocess
-    import sys
-
-    venv = Path("/tmp") / f"nanogpt-venv-{os.getpid()}"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--symlinks", venv], check=True)
-    try:
-        site = next(venv.glob("lib/python*/site-packages"))
-        (site / "ours.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
-        report = subprocess.run(
-            [venv / "bin" / "python", content_root() / "gpu_backend" / "sandbox.py"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert '"auto": "bubblewrap"' in report.stdout, report.stdout
-    finally:
-        import shutil
-
-        shutil.rmtree(venv)
-
-
-def _children_of(parent):
-    """All descendants."""
-    found, level = [], [parent]
-    while level:
-        below = []
-        for entry in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                if int(entry.read_text(errors="replace").rpartition(")")[2].split()[1]) in level:
-                    below.append(int(entry.parent.name))
-            except OSError:
-                continue
-        found += below
-        level = below
-    return found
-
-
-def _alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
