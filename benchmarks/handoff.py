@@ -21,7 +21,9 @@ import torch
 from in_process import InProcessRule  # first: it makes the trainer importable
 
 from nanogpt_env.content import content_root
-from nanogpt_env.tiers import Tier, load_tier
+from nanogpt_env.tiers import load_tier
+from nanogpt_env.tracks import StepsTier
+from nanogpt_env.types import Plan
 
 import sandbox
 from logs import BoundedLog
@@ -41,9 +43,10 @@ class TimedRule(IsolatedRule):
         self.parts = {"copies": took - waited, "wake_ups": waited - rule, "rule": rule}
 
 
-def repeat(tier: Tier, source: str, steps: int, number: int) -> dict[str, float]:
+def repeat(tier: StepsTier, source: str, steps: int, number: int) -> dict[str, float]:
     """Both trainings, alternating step by step: median milliseconds and the largest loss difference."""
-    job = StepsJob(**tier.job(source, steps, steps, f"handoff-{number}", (tier.table.data.public,)).model_dump())
+    plan, shards = Plan(steps=steps, horizon=steps), (tier.table.data.public,)
+    job = StepsJob(**tier.job({"optimizer.py": source}, plan, f"handoff-{number}", shards).model_dump())
     log = BoundedLog()
     process = sandbox.launch("bubblewrap", [content_root()], log.write_fd)
     log.close_writer()
@@ -90,7 +93,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports torch's compiler: not a step's cost
     tier = load_tier(args.tier, calibrated=False)
-    source = tier.record(args.record).source
+    assert isinstance(tier, StepsTier)
+    source = tier.record(args.record).sources["optimizer.py"]
     rows = []
     for i in range(args.repeats):
         rows.append(repeat(tier, source, args.steps, i))

@@ -24,6 +24,8 @@ from in_process import InProcessRule  # first: it makes the trainer importable
 from scipy import stats
 
 from nanogpt_env.tiers import load_tier
+from nanogpt_env.tracks import StepsTier
+from nanogpt_env.types import Plan
 
 import data
 from trainer import Result, StepsJob
@@ -44,12 +46,14 @@ def hidden_loss(task: tuple[str, str, int, str, str]) -> float:
     name, record_name, step, seed, order = task
     torch.set_num_threads(1)
     tier = load_tier(name, calibrated=False)
+    assert isinstance(tier, StepsTier)
     record, hidden = tier.record(record_name), tier.table.data.hidden
-    job = StepsJob(**tier.job(record.source, step, record.horizon, seed, (hidden,)).model_dump())
+    plan = Plan(steps=step, horizon=record.horizon)
+    job = StepsJob(**tier.job(record.sources, plan, seed, (hidden,)).model_dump())
     training = Training(job, result := Result(), lambda: False)
     if order == "contiguous":
         training.batches.__class__ = Contiguous
-    rule = InProcessRule(training, record.source, record.horizon, job.stream_seed("rule"))
+    rule = InProcessRule(training, job.source, record.horizon, job.stream_seed("rule"))
     training.evaluate_all(training.train_with(rule, lambda: None))
     return result.val_losses[hidden]
 

@@ -69,6 +69,11 @@ class Process:
         found = re.search(r"^VmHWM:\s+(\d+) kB$", status.partition("\n")[2], re.MULTILINE)  # past the name
         return int(found[1]) * 1024 if found else 0
 
+    def pin(self, cores: list[int]) -> None:
+        """Keep the process, which has one thread so far, to these cores (Linux)."""
+        if cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(self.pid, cores)
+
     def kill(self) -> None:
         """Kill everything the candidate started and wait until it is gone."""
         if self.launcher.poll() is None:

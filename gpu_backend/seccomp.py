@@ -47,6 +47,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "mq_open": (240, 180),
     "mount": (165, 40),
     "unshare": (272, 97),
+    "sched_setaffinity": (203, 122),
     "setns": (308, 268),
     "open_by_handle_at": (304, 265),
 }

@@ -43,6 +43,7 @@ class Timed(Setting):
 
     def train(self, process: Process, progress: Callable[[], None]) -> dict[str, Tensor]:
         """Run the candidate to its checkpoint, and end it. Raises `RunFailed` or `CheckpointError`."""
+        process.pin(self.job.cores)
         line = Candidate(process, self.limits, self._checkpoint + checkpoint.max_bytes(self._layout))
         line.set_up(
             {

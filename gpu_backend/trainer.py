@@ -42,6 +42,7 @@ class Job:
     limits: dict[str, Any]
     train_shard: str
     final_shards: list[str]
+    cores: list[int]
 
     def __post_init__(self) -> None:
         if not self.final_shards:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from nanogpt_env.actions import Action, ReadFile, Run, Stop, Submit, WriteFile
+from nanogpt_env.actions import Action, EditFile, ReadFile, Run, Stop, Submit, WriteFile
 from nanogpt_env.env import Speedrun
-from nanogpt_env.episode import SOURCE
 from nanogpt_env.errors import BackendError
-from nanogpt_env.tiers import Tier
+from nanogpt_env.tables import HumanRecord
+from nanogpt_env.tracks import StepsTier, Tier, WallclockTier
 
 OVERCLAIM = 0.85
+"""of the steps that a record needs: too few"""
 
 
 class Agent(Protocol):
@@ -26,26 +28,55 @@ class LadderAgent:
     the anchor. On the way it claims too much once, which verification must refuse."""
 
     def __init__(self, tier: Tier) -> None:
-        self._script = self._actions(tier)
+        if isinstance(tier, StepsTier):
+            self._script = _climb_steps(tier)
+        else:
+            assert isinstance(tier, WallclockTier)
+            self._script = _climb_wallclock(tier)
 
     def act(self, observation: dict[str, Any], info: dict[str, Any]) -> Action:
         return next(self._script, Stop())
 
-    @staticmethod
-    def _actions(tier: Tier) -> Iterator[Action]:
-        reward, measured = tier.table.reward, tier.measured.records
-        sure = [n for n in tier.records if measured[n].claim is not None and n not in (reward.start, reward.anchor)]
-        middle = sure[len(sure) // 2 : len(sure) // 2 + 1]
-        yield ReadFile(path="task.md")
-        yield Run(horizon=tier.records[reward.start].horizon)
-        for name in (*middle, reward.anchor):
-            record = tier.records[name]
-            yield WriteFile(path=SOURCE, text=record.source)
-            yield Run(horizon=record.horizon)
-            if name == reward.anchor:
-                yield Submit(claim=round(OVERCLAIM * measured[name].steps_mean), horizon=record.horizon)
-            yield Submit(claim=measured[name].claim or record.horizon, horizon=record.horizon)
-        yield Stop()
+
+def _climb_steps(tier: StepsTier) -> Iterator[Action]:
+    reward, measured = tier.table.reward, tier.measured.records
+    sure = [n for n in tier.records if measured[n].claim is not None and n not in (reward.start, reward.anchor)]
+    middle = sure[len(sure) // 2 : len(sure) // 2 + 1]
+    yield ReadFile(path="task.md")
+    yield Run(horizon=tier.records[reward.start].horizon)
+    for name in (*middle, reward.anchor):
+        record = tier.records[name]
+        yield from _write(record)
+        yield Run(horizon=record.horizon)
+        if name == reward.anchor:
+            yield Submit(claim=round(OVERCLAIM * measured[name].steps_mean), horizon=record.horizon)
+        yield Submit(claim=measured[name].claim or record.horizon, horizon=record.horizon)
+    yield Stop()
+
+
+def _climb_wallclock(tier: WallclockTier) -> Iterator[Action]:
+    reward = tier.table.reward
+    others = [n for n in tier.records if n not in (reward.start, reward.anchor)]
+    yield ReadFile(path="task.md")
+    yield Run()
+    for name in (*others[len(others) // 2 :][:1], reward.anchor):
+        yield from _write(tier.records[name])
+        yield Run()
+        if name == reward.anchor and (steps := _STEPS.search(tier.records[name].sources["train.py"])):
+            shorter = f"{steps[1]}{round(OVERCLAIM * int(steps[2]))}"
+            yield EditFile(path="train.py", old=steps[0], new=shorter)
+            yield Submit()
+            yield EditFile(path="train.py", old=shorter, new=steps[0])
+        yield Submit()
+    yield Stop()
+
+
+_STEPS = re.compile(r"^(STEPS = )(\d+)", re.MULTILINE)
+
+
+def _write(record: HumanRecord) -> Iterator[Action]:
+    for path, text in record.sources.items():
+        yield WriteFile(path=path, text=text)
 
 
 AGENTS: dict[str, Callable[[Tier], Agent]] = {"ladder": LadderAgent}

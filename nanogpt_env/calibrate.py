@@ -1,57 +1,35 @@
 """Measure a tier: its records' steps to the target, the values of start and anchor, noise, boundary, power.
 
-docs/tiers.md ("Calibration") describes the procedure. Finished runs are kept in the cache folder, so that
-an interrupted calibration continues where it stopped.
+Of the steps track; docs/tiers.md ("Calibration") describes the procedure.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import json
 import math
-import secrets
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanogpt_env.backends import Backend
-from nanogpt_env.content import cache_dir, content_root
 from nanogpt_env.errors import TierError
-from nanogpt_env.stats import (
-    SequentialTest,
-    boundary_constant,
-    margin_for_power,
-    predicted_power,
-    upper_sd,
-)
-from nanogpt_env.tables import Calibration, HumanRecord, RecordCalibration
-from nanogpt_env.tiers import Tier
-from nanogpt_env.types import RunResult, StepsJob
+from nanogpt_env.measure import Report, Runs, boundary_of, loss_test, power_table, sigma, silent
+from nanogpt_env.stats import SequentialTest, margin_for_power, predicted_power
+from nanogpt_env.tables import StepsCalibration, StepsRecord, StepsRecordCalibration
+from nanogpt_env.tracks import StepsTier
+from nanogpt_env.types import Plan
 
 # Where a record's run is evaluated on the whole hidden shard, as shares of its horizon.
 GRID = (0.70, 0.78, 0.84, 0.88, 0.91, 0.94, 0.96, 0.98)
 POWER, SURE = 0.9, 0.9995
-BOUNDARY_PATHS = 40_000_000
 # A claim for demonstrations has this many standard errors to spare, for what a few seeds get wrong.
 SLACK = 1.7
 # A value further than two standard errors from the claim that was rerun is measured again at the new claim.
 MAX_PASSES = 3
 # Further than this share of the claim, reruns say nothing about a value.
 FAR = 0.05
-
-Report = Callable[[str, int, int], None]
-"""called with (what, done, total)"""
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -101,75 +79,8 @@ class Reruns:
         )
 
 
-class Runs:
-    """Trains jobs on a backend, `workers` at a time, and remembers finished ones in a file."""
-
-    def __init__(self, tier: Tier, backend: Backend, workers: int, report: Report, fresh: bool) -> None:
-        self.tier, self.backend, self.workers, self.report = tier, backend, workers, report
-        self.path = cache_dir() / "calibration" / f"{tier.name}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock_file = self.path.with_suffix(".lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise TierError(f"another calibration of tier {tier.name} is running") from None
-        if fresh:
-            self.path.unlink(missing_ok=True)
-        # losses of another trainer are not these
-        self.trainer = b"".join(path.read_bytes() for path in sorted((content_root() / "gpu_backend").glob("*.py")))
-        self._lock = threading.Lock()
-        self.last: RunResult | None = None
-
-    def close(self) -> None:
-        self._lock_file.close()
-
-    def get(self, what: str, job: StepsJob, count: int) -> list[RunResult]:
-        """`count` completed runs of `job`, each with a fresh seed. Raises `TierError` if one fails."""
-        content = job.model_dump_json(exclude={"seed", "cache", "corpus", "limits"}) + self.tier.manifest()
-        key = hashlib.sha256(content.encode() + self.trainer).hexdigest()
-        done = self._kept(key)[:count]
-        if done:
-            self.last = done[-1]
-        self.report(what, len(done), count)
-
-        def train(_: int) -> RunResult:
-            result = self.backend.start(job.model_copy(update={"seed": secrets.token_hex(16)})).result()
-            if not result.completed:
-                raise TierError(f"{what}: {result.exit_reason}: {result.detail}\n{result.log[-2000:]}")
-            with self._lock:
-                self._keep(key, result)
-                done.append(result)
-                self.last = result
-                self.report(what, len(done), count)
-            return result
-
-        pool = ThreadPoolExecutor(self.workers)
-        try:
-            list(pool.map(train, range(count - len(done))))
-        finally:
-            pool.shutdown(cancel_futures=True, wait=False)
-        return done
-
-    def _kept(self, key: str) -> list[RunResult]:
-        if not self.path.exists():
-            return []
-        kept = []
-        for text in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # torn by a crash, and maybe written on after it
-                line = json.loads(text)
-                if line["key"] == key:
-                    kept.append(RunResult(**line["result"]))
-        return kept
-
-    def _keep(self, key: str, result: RunResult) -> None:
-        slim = result.model_dump(exclude={"train_losses", "log"})
-        with self.path.open("a") as file:
-            file.write(json.dumps({"key": key, "result": slim}) + "\n")
-
-
 def calibrate(
-    tier: Tier,
+    tier: StepsTier,
     backend: Backend,
     *,
     seeds: int = 5,
@@ -177,8 +88,8 @@ def calibrate(
     value: Iterable[str] = (),
     workers: int = 1,
     fresh: bool = False,
-    report: Report = _silent,
-) -> Calibration:
+    report: Report = silent,
+) -> StepsCalibration:
     """Run everything and return the calibration. Raises `TierError` if the tier cannot be calibrated as it
     is (a record misses the target within its horizon, or fails)."""
     with contextlib.closing(Runs(tier, backend, workers, report, fresh)) as runs:
@@ -196,7 +107,7 @@ def calibrate(
     return assemble(tier, curves, rerun, boundary, about)
 
 
-def recompute(tier: Tier, old: Calibration, report: Report = _silent) -> Calibration:
+def recompute(tier: StepsTier, old: StepsCalibration, report: Report = silent) -> StepsCalibration:
     """The calibration of a tier whose target, verification or budget was changed, from the losses in `old`.
 
     Raises `TierError` if what was trained has changed, or if a value moved too far from its reruns.
@@ -224,22 +135,26 @@ def recompute(tier: Tier, old: Calibration, report: Report = _silent) -> Calibra
 
 
 def assemble(
-    tier: Tier, curves: dict[str, Curve], rerun: dict[str, Reruns], boundary: tuple[float, float], about: dict[str, Any]
-) -> Calibration:
+    tier: StepsTier,
+    curves: dict[str, Curve],
+    rerun: dict[str, Reruns],
+    boundary: tuple[float, float],
+    about: dict[str, Any],
+) -> StepsCalibration:
     """Pure arithmetic: from losses to a calibration. `boundary` is (constant, its standard error)."""
     target = tier.table.training.target
     noise = _noise(curves, rerun, target)
-    test = _test(tier, _sigma(noise), boundary[0])
+    test = loss_test(tier, sigma(noise.values()), boundary[0])
     valued = {name: _value(test, curves[name], r, target) for name, r in rerun.items()}
     records = {name: _record(test, curve, noise[name][0], valued.get(name), target) for name, curve in curves.items()}
-    return Calibration(
+    return StepsCalibration(
         fingerprint=tier.fingerprint(),
         trained=tier.trained(),
-        sigma=_sigma(noise),
+        sigma=sigma(noise.values()),
         boundary=boundary[0],
         boundary_level=tier.level(),
         records=records,
-        power=_power(test, [r.loss_sd for r in records.values()]),
+        power=power_table(test, [r.loss_sd for r in records.values()]),
         evidence={
             **about,
             "boundary_error": boundary[1],
@@ -253,24 +168,9 @@ def assemble(
     )
 
 
-def boundary_of(tier: Tier, report: Report = _silent) -> tuple[float, float]:
-    """(constant C of the sequential test, rounded up by two standard errors; its standard error)."""
-    report("boundary", 0, 1)
-    v = tier.table.verification
-    constant, error = boundary_constant(tier.level(), v.n_min, v.n_max, paths=BOUNDARY_PATHS)
-    report("boundary", 1, 1)
-    return math.ceil((constant + 2 * error) * 1e4) / 1e4, error
-
-
-def write_calibration(path: Path, calibration: Calibration) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(calibration.model_dump(), indent=1) + "\n")
-    temporary.replace(path)
-
-
-def _curve(tier: Tier, record: HumanRecord, runs: Runs, seeds: int) -> Curve:
+def _curve(tier: StepsTier, record: StepsRecord, runs: Runs, seeds: int) -> Curve:
     data, horizon = tier.table.data, record.horizon
-    job = tier.job(record.source, horizon, horizon, "", (data.hidden,))
+    job = tier.job(record.sources, Plan(steps=horizon, horizon=horizon), "", (data.hidden,))
     points = tuple(round(share * horizon) for share in GRID)
     job = job.model_copy(update={"points": points, "point_tokens": 1 << 30})
     results = runs.get(f"{record.name}: curve", job, seeds)
@@ -282,7 +182,7 @@ def _curve(tier: Tier, record: HumanRecord, runs: Runs, seeds: int) -> Curve:
     return curve
 
 
-def _check_crossing(record: HumanRecord, curve: Curve, target: float) -> None:
+def _check_crossing(record: StepsRecord, curve: Curve, target: float) -> None:
     if (curve.losses[:, 0] <= target).any():
         raise TierError(
             f"record {record.name} is below the target {target:g} already at step {curve.steps[0]:g}, "
@@ -302,12 +202,6 @@ def _crossing(steps: Any, losses: Any, target: float) -> float:
     return float(steps[below - 1] + fraction * (steps[below] - steps[below - 1]))
 
 
-def _test(tier: Tier, sigma: float, boundary: float) -> SequentialTest:
-    v = tier.table.verification
-    target = tier.table.training.target
-    return SequentialTest.for_tier(target, sigma, tier.level(), v.n_min, v.n_max, boundary)
-
-
 def _noise(curves: dict[str, Curve], rerun: dict[str, Reruns], target: float) -> dict[str, tuple[float, int]]:
     """(sd of the hidden loss, n) of each record: from its reruns, else from its curves at the target."""
     noise = {}
@@ -321,24 +215,23 @@ def _noise(curves: dict[str, Curve], rerun: dict[str, Reruns], target: float) ->
     return noise
 
 
-def _sigma(noise: dict[str, tuple[float, int]]) -> float:
-    return upper_sd(noise.values())[1]
-
-
-def _settle(tier: Tier, name: str, curves: dict[str, Curve], boundary: float, runs: Runs, reruns: int) -> Reruns:
+def _settle(tier: StepsTier, name: str, curves: dict[str, Curve], boundary: float, runs: Runs, reruns: int) -> Reruns:
     """Reruns of a record at (about) the claim that verification accepts with power 0.9."""
     data, target, record = tier.table.data, tier.table.training.target, tier.record(name)
     noise = _noise(curves, {}, target)
     claim = _first_claim(
-        curves[name], target - margin_for_power(_test(tier, _sigma(noise), boundary), noise[name][0]), record
+        curves[name],
+        target - margin_for_power(loss_test(tier, sigma(noise.values()), boundary), noise[name][0]),
+        record,
     )
     found = Reruns(np.array([]), np.array([]), np.array([]))
     for _ in range(MAX_PASSES):
-        job = tier.job(record.source, claim, record.horizon, "", (data.hidden, data.public))
+        plan = Plan(steps=claim, horizon=record.horizon)
+        job = tier.job(record.sources, plan, "", (data.hidden, data.public))
         results = runs.get(f"{name}: value at step {claim}", job, reruns)
         hidden, public = ([r.val_losses[shard] for r in results] for shard in (data.hidden, data.public))
         found = found.plus(claim, hidden, public)
-        test = _test(tier, _sigma(_noise(curves, {name: found}, target)), boundary)
+        test = loss_test(tier, sigma(_noise(curves, {name: found}, target).values()), boundary)
         value = _value(test, curves[name], found, target)
         claim = min(round(value["value"]), record.horizon)
         if abs(value["value"] - found.claim) <= max(1.0, 2 * value["error"]) or claim in found.claims:
@@ -346,7 +239,7 @@ def _settle(tier: Tier, name: str, curves: dict[str, Curve], boundary: float, ru
     return found
 
 
-def _first_claim(curve: Curve, loss: float, record: HumanRecord) -> int:
+def _first_claim(curve: Curve, loss: float, record: StepsRecord) -> int:
     """Where the curve's few seeds reach `loss` on average."""
     mean = curve.losses.mean(axis=0)
     if mean[-1] > loss:
@@ -393,7 +286,7 @@ def _shard_offset(reruns: list[Reruns]) -> dict[str, float]:
 
 def _record(
     test: SequentialTest, curve: Curve, sd: float, value: dict[str, Any] | None, target: float
-) -> RecordCalibration:
+) -> StepsRecordCalibration:
     crossings = curve.crossings(target)
     # with a value: its reruns correct the few curves' mean at the claim
     shift = value["loss_mean"] - curve.mean_at(value["claim"]) if value else 0.0
@@ -404,7 +297,7 @@ def _record(
         k for k in steps
         if predicted_power(test, target - curve.mean_at(k) - shift - spare, sd, runs) >= SURE
     )  # fmt: skip
-    return RecordCalibration(
+    return StepsRecordCalibration(
         steps_mean=float(np.mean(crossings)),
         steps_sd=float(np.std(crossings, ddof=1)),
         steps_n=len(crossings),
@@ -414,16 +307,3 @@ def _record(
         claim=next(sure, None),
         loss_sd=sd,
     )
-
-
-def _power(test: SequentialTest, sds: list[float]) -> dict[str, Any]:
-    """Power over margin in units of sigma, at the records' lowest and highest sd."""
-    sigma = test.futility_sd
-    margins = [round(0.25 * i, 2) for i in range(13)]
-    return {
-        "margins_in_sigma": margins,
-        **{
-            which: {"sd": sd, "power": [round(predicted_power(test, m * sigma, sd), 4) for m in margins]}
-            for which, sd in (("lowest_sd", min(sds)), ("highest_sd", max(sds)))
-        },
-    }

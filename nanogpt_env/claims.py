@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nanogpt_env.stats import predicted_power, runs_to_tell
-from nanogpt_env.tiers import Tier
+from nanogpt_env.tracks import StepsTier
 from nanogpt_env.types import Record, RunResult
 
 POWER = 0.9
@@ -35,13 +35,13 @@ def curve(run: RunResult, shard: str) -> tuple[list[int], list[float]]:
     return list(steps), [loss + shift for loss in losses]
 
 
-def advise(tier: Tier, runs: Sequence[RunResult]) -> ClaimAdvice:
+def advise(tier: StepsTier, runs: Sequence[RunResult]) -> ClaimAdvice:
     """The smallest claim whose predicted power is at least 0.9, given completed runs of the candidate at
     one horizon. The runs saw the public shard: its calibrated offset is taken off, and how much that
     offset varies from run to run makes each run count for less."""
     if not runs:
         return ClaimAdvice(claim=None, text="no completed run of this program at this horizon; run it first")
-    test, c, shard = tier.test(), tier.measured, tier.table.data.public
+    test, c, shard = tier.loss_test(), tier.measured, tier.table.data.public
     information = c.sigma**2 / (c.sigma**2 + c.shard_offset_sd**2)
     first = max(min(curve(r, shard)[0]) for r in runs)
     runs = [r for r in runs if r.steps >= first]  # one that stopped before says nothing about a common step

@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from pydantic_core import to_json
 from rich.table import Table
 
 from nanogpt_env import content, display
-from nanogpt_env.backends.local import SANDBOXES, LocalBackend, sandbox_report
-from nanogpt_env.display import console, errors
+from nanogpt_env.backends.local import sandbox_report
+from nanogpt_env.cli_options import DirArgument, JsonOption, SandboxOption, TierOption
+from nanogpt_env.cli_tiers import tiers_app
+from nanogpt_env.display import console, errors, print_json, say
 from nanogpt_env.env import Speedrun, StepResult
-from nanogpt_env.episode import SOURCE
-from nanogpt_env.errors import ActionError, BackendError, JudgeError, NanoGPTError, TierError
-from nanogpt_env.tiers import CALIBRATION, Tier, load_calibration, load_tier, tier_folders
+from nanogpt_env.errors import ActionError, BackendError, JudgeError, NanoGPTError
+from nanogpt_env.tiers import load_tier, tier_folders
+from nanogpt_env.tracks import StepsTier, Tier
 
 REJECTED, MISUSE, OURS, INTERRUPTED = 1, 2, 3, 130
 SCOUT_RUNS = 5
@@ -39,7 +40,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        _say(importlib.metadata.version("nanogpt_env"))
+        say(importlib.metadata.version("nanogpt_env"))
         raise typer.Exit
 
 
@@ -52,26 +53,7 @@ def _options(
     pass
 
 
-tiers_app = typer.Typer(no_args_is_help=True, help="List, show and calibrate tiers.")
 app.add_typer(tiers_app, name="tiers")
-
-TierOption = Annotated[str, typer.Option("--tier", help="Name of a tier (see `tiers list`) or path of its folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-
-def _known_sandbox(value: str) -> str:
-    if value not in SANDBOXES:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(SANDBOXES)}")
-    return value
-
-
-SandboxOption = Annotated[
-    str,
-    typer.Option(
-        callback=_known_sandbox, help="auto, bubblewrap, or plain (not isolated: results are `trusted: false`)."
-    ),
-]
-DirArgument = Annotated[Path, typer.Argument(help="Folder with an optimizer.py.", show_default=False)]
 
 
 def main() -> NoReturn:
@@ -103,18 +85,9 @@ def _interrupt(*_: object) -> None:
 
 def _fail(error: object, code: int) -> int:
     if "--json" in sys.argv:
-        _print_json({"error": str(error), "exit_code": code} | ({"accepted": False} if code == REJECTED else {}))
+        print_json({"error": str(error), "exit_code": code} | ({"accepted": False} if code == REJECTED else {}))
     errors.print(f"nanogpt-env: {error}", markup=False, soft_wrap=True)
     return code
-
-
-def _say(text: str) -> None:
-    """Text as it is: no markup, and no line breaks that would cut a path in two."""
-    console.print(text, markup=False, soft_wrap=True)
-
-
-def _print_json(content: object) -> None:
-    print(to_json(content, indent=1, inf_nan_mode="null", fallback=str).decode())
 
 
 @contextmanager
@@ -130,21 +103,24 @@ def _environment(
 
 
 def _load(env: Speedrun, folder: Path) -> None:
-    """Put the folder's optimizer.py into the workspace of a fresh episode."""
-    path = folder / SOURCE
+    """Put the folder's files into the workspace of a fresh episode."""
+    files = env.tier.files
     if folder.is_file():
         raise typer.BadParameter(f"{folder} is a file; give the folder that it is in")
-    if not path.is_file():
-        raise typer.BadParameter(f"{folder} has no {SOURCE}; `nanogpt-env new FOLDER --tier {env.tier.name}` makes one")
-    others = sorted(p.name for p in folder.glob("*.py") if p.name != SOURCE)
+    for name in files:
+        if not (folder / name).is_file():
+            hint = f"`nanogpt-env new FOLDER --tier {env.tier.name}` makes one"
+            raise typer.BadParameter(f"{folder} has no {name}, which {env.tier.name} asks for; {hint}")
+    others = sorted(p.name for p in folder.glob("*.py") if p.name not in files)
     if others:
-        errors.print(f"only {SOURCE} is part of a candidate; not used: {', '.join(others)}")
+        errors.print(f"only {', '.join(files)} is part of a candidate; not used: {', '.join(others)}")
     env.reset()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"{path} is not UTF-8 text: {error}") from None
-    _step(env, {"type": "write_file", "path": SOURCE, "text": text})
+    for name in files:
+        try:
+            text = (folder / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise typer.BadParameter(f"{folder / name} is not UTF-8 text: {error}") from None
+        _step(env, {"type": "write_file", "path": name, "text": text})
 
 
 def _step(env: Speedrun, action: dict[str, Any]) -> StepResult:
@@ -180,7 +156,7 @@ def doctor(as_json: JsonOption = False) -> int:
         advice.append(found["sandboxes"]["plain"]["reason"])
     found["advice"] = advice
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         table = Table(show_header=False)
         for key in ("python", "nanogpt_env", "torch", "cores", "cache", "state"):
@@ -195,7 +171,7 @@ def doctor(as_json: JsonOption = False) -> int:
         table.add_row("sandbox auto", found["sandboxes"]["auto"])
         console.print(table)
         for line in advice:
-            _say(f"- {line}")
+            say(f"- {line}")
     return REJECTED if not found["torch"] else 0
 
 
@@ -204,114 +180,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-@tiers_app.command("list")
-def tiers_list(as_json: JsonOption = False) -> int:
-    """The tiers that have a name here."""
-    rows, unusable = [], []
-    for folder in tier_folders().values():
-        try:
-            rows.append(_tier_row(load_tier(folder)))
-        except TierError as error:
-            unusable.append(str(error))
-    for reason in unusable:
-        errors.print(f"not usable: {reason}", markup=False, soft_wrap=True)
-    if as_json:
-        _print_json({"tiers": rows, "unusable": unusable})
-        return 0
-    table = Table("tier", "steps", "FLOPs", "summary", caption="steps: start -> anchor; FLOPs of a start run")
-    for column in table.columns[:3]:
-        column.no_wrap = True
-    for row in rows:
-        steps = f"{row['start']['value']:g} -> {row['anchor']['value']:g}"
-        table.add_row(row["tier"], steps, f"{row['start_flops']:.1e}", row["summary"])
-    console.print(table)
-    return 0
-
-
-def _tier_row(tier: Tier) -> dict[str, Any]:
-    start, anchor = tier.table.reward.start, tier.table.reward.anchor
-    return {
-        "tier": tier.name,
-        "summary": tier.table.summary,
-        "start": {"record": start, "value": tier.value_of(start)},
-        "anchor": {"record": anchor, "value": tier.value_of(anchor)},
-        "start_flops": tier.value_of(start) * tier.flops_per_step(),
-    }
-
-
-@tiers_app.command("show")
-def tiers_show(tier: Annotated[str, typer.Argument(help="Name or path.")], as_json: JsonOption = False) -> int:
-    """A tier's settings, ladder and calibration."""
-    loaded = load_tier(tier)
-    c = loaded.measured
-    if as_json:
-        calibration = c.model_dump(exclude={"evidence"})
-        _print_json({**_tier_row(loaded), "settings": loaded.table.model_dump(), "calibration": calibration})
-        return 0
-    _say(f"{loaded.name}: {loaded.table.summary}\n{loaded.folder}")
-    table = Table("record", "steps to target", "value", "horizon", "technique")
-    for column in table.columns[:4]:
-        column.no_wrap = True
-    for name, record in loaded.records.items():
-        m = c.records[name]
-        value = f"{m.value:g} ± {m.value_error:.1f}" if m.value else ""
-        steps = f"{m.steps_mean:.1f} ± {m.steps_sd:.1f}"
-        table.add_row(name, steps, value, str(record.horizon), record.technique)
-    console.print(table)
-    t = loaded.table
-    console.print(
-        f"target {t.training.target:g} nats, sigma {c.sigma:.4f}, level {loaded.level():g} per submission, "
-        f"boundary {c.boundary:g}, public - hidden {c.shard_offset:+.4f} ± {c.shard_offset_error:.4f}"
-    )
-    return 0
-
-
-@tiers_app.command("calibrate")
-def tiers_calibrate(
-    tier: Annotated[str, typer.Argument(help="Name or path.")],
-    seeds: Annotated[int, typer.Option(min=3, help="Fresh seeds per record of the ladder.")] = 5,
-    reruns: Annotated[int, typer.Option(min=5, help="Reruns that value start and anchor.")] = 20,
-    value: Annotated[list[str] | None, typer.Option(help="Value this record too; may be repeated.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at a time; each takes one core.")] = 1,
-    fresh: Annotated[bool, typer.Option(help="Forget the finished runs of an earlier calibration.")] = False,
-    recompute: Annotated[
-        bool, typer.Option(help="After a change of target, verification or budget: reuse the losses, train nothing.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option(help="Print the calibration, write nothing.")] = False,
-    sandbox: SandboxOption = "auto",
-    as_json: JsonOption = False,
-) -> int:
-    """Measure a tier and write its calibration.json: ladder, values of start and anchor, sigma, boundary, power.
-
-    Interrupted, it continues where it stopped.
-    """
-    from nanogpt_env import calibrate
-
-    loaded = load_tier(tier, calibrated=False)
-    path = loaded.folder / CALIBRATION
-    backend = LocalBackend(sandbox, warm=True, hidden=(loaded.folder, loaded.corpus_folder()))
-    try:
-        with display.watch_counts() as counts:
-            if recompute:
-                measured = calibrate.recompute(loaded, load_calibration(loaded.folder), counts)
-            else:
-                measured = calibrate.calibrate(
-                    loaded, backend, seeds=seeds, reruns=reruns, value=value or (), workers=workers, fresh=fresh,
-                    report=counts,
-                )  # fmt: skip
-    except KeyboardInterrupt:
-        errors.print("finished runs are kept: the same command continues")
-        raise
-    finally:
-        backend.close()
-    if not dry_run:
-        calibrate.write_calibration(path, measured)
-        errors.print(f"wrote {path}")
-    if as_json or dry_run:
-        _print_json(measured.model_dump(exclude={"evidence"}))
-    return 0
 
 
 @app.command()
@@ -323,17 +191,17 @@ def new(
 ) -> int:
     """Make a folder with one of the tier's records to edit, and the task."""
     loaded = load_tier(tier, calibrated=False)
-    source = loaded.record(record or loaded.table.reward.start).source
+    sources = loaded.record(record or loaded.table.reward.start).sources
     if folder.exists() and any(folder.iterdir()):
         raise typer.BadParameter(f"{folder} exists and is not empty")
     folder.mkdir(parents=True, exist_ok=True)
-    files = {SOURCE: source, "task.md": loaded.task}
+    files = {**sources, "task.md": loaded.task}
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     if as_json:
-        _print_json({"folder": str(folder), "files": list(files)})
+        print_json({"folder": str(folder), "files": list(files)})
         return 0
-    _say(f"{folder}: edit {SOURCE}, then: nanogpt-env run {folder} --tier {tier}")
+    say(f"{folder}: edit {', '.join(sources)}, then: nanogpt-env run {folder} --tier {tier}")
     return 0
 
 
@@ -354,9 +222,9 @@ def run(
         _load(env, folder)
         observation, _, _, _, info = _step(env, {"type": "run", "horizon": horizon, "steps": steps, "seed": seed})
     if as_json:
-        _print_json({"tier": env.tier.name, **info["run"]})
+        print_json({"tier": env.tier.name, **info["run"]})
     else:
-        _say(observation["text"])
+        say(observation["text"])
     return 0 if info["run"]["exit_reason"] == "completed" else REJECTED
 
 
@@ -371,35 +239,37 @@ def submit(
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
 ) -> int:
-    """Verify that a candidate reaches the target at its claim. Exit code 0: accepted, 1: rejected.
+    """Verify a candidate at its claim (steps track), or as faster than the start record (wallclock track).
 
-    Each call is an episode of its own: the error level holds for a call, not over repeated ones.
+    Exit code 0: accepted, 1: rejected. Each call is an episode of its own: the error level holds for a call, not over
+    repeated ones.
     """
     with _environment(tier, sandbox) as (env, progress):
         _load(env, folder)
-        horizon = horizon or claim or env.tier.record(env.tier.table.reward.start).horizon
-        if claim is None:
-            errors.print(
-                f"no --claim: running the candidate at horizon {horizon} (--horizon) until its runs support one"
-            )
-            _scout(env, horizon, progress)
+        if isinstance(env.tier, StepsTier):
+            horizon = horizon or claim or env.tier.record(env.tier.table.reward.start).horizon
+            if claim is None:
+                errors.print(
+                    f"no --claim: running the candidate at horizon {horizon} (--horizon) until its runs support one"
+                )
+                _scout(env, horizon, progress)
         observation, reward, _, _, info = _step(env, {"type": "submit", "claim": claim, "horizon": horizon})
     verdict = info["verdict"]
     if as_json:
-        _print_json({**verdict, "reward": reward, "recovered": info["recovered"], "ledger": info["ledger"]})
+        print_json({**verdict, "reward": reward, "recovered": info["recovered"], "ledger": info["ledger"]})
     else:
-        _say(f"{observation['text']}\nledger: {info['ledger']}")
+        say(f"{observation['text']}\nledger: {info['ledger']}")
     return 0 if verdict["accepted"] else REJECTED
 
 
 def _scout(env: Speedrun, horizon: int, progress: display.RunProgress) -> None:
     """Run the candidate until its runs support a claim."""
-    source = env.workspace.files[SOURCE]
+    sources = dict(env.workspace.files)
     for i in range(SCOUT_RUNS):
         observation, _, _, _, info = _step(env, {"type": "run", "horizon": horizon})
         if info["run"]["exit_reason"] != "completed":
             raise JudgeError(f"the candidate's run did not complete\n{observation['text']}")
-        advice = env.episode.advice(source, horizon)
+        advice = env.episode.advice(sources, horizon)
         if advice.claim is not None:
             return
         progress.clear()
@@ -432,19 +302,20 @@ def play(
 
     with _environment(tier, sandbox, output) as (env, progress):
 
-        def say(name: str, text: str, reward: float) -> None:
+        def tell(name: str, text: str, reward: float) -> None:
             progress.clear()
             if not as_json:
-                _say(text if name in ("run", "submit", "stop") else text.strip().split("\n")[0])
+                say(text if name in ("run", "submit", "stop") else text.strip().split("\n")[0])
 
-        played = play_episode(env, AGENTS[agent](env.tier), say, announce)
+        played = play_episode(env, AGENTS[agent](env.tier), tell, announce)
         loaded = env.tier
     summary = {
         "tier": loaded.name,
         "agent": agent,
         "recovered": played.info["recovered"],
         "total_reward": played.total_reward,
-        "best_steps": played.info["best_steps"],
+        "best": played.info["best"],
+        "unit": loaded.unit,
         "verdicts": played.verdicts,
         "budget": played.info["budget"],
         "verification_device_seconds": played.info["verification_device_seconds"],
@@ -454,7 +325,7 @@ def play(
     if output:
         (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         _print_summary(summary)
     return 0
@@ -476,14 +347,21 @@ def _print_summary(summary: dict[str, Any]) -> None:
     table = Table("submission", "claim", "verdict", "reruns", "trusted", title="verified submissions")
     for v in summary["verdicts"]:
         state = "accepted" if v["accepted"] else "rejected"
-        table.add_row(v["submission"], str(v["claim"]), state, str(v["n"]), str(v["trusted"]).lower())
+        table.add_row(v["submission"], _claim(v), state, str(v["n"]), str(v["trusted"]).lower())
     console.print(table)
     used = summary["budget"]["device_seconds"]["spent"]
-    _say(
-        f"frontier {summary['best_steps']:g} steps, recovered {summary['recovered']:.3f} of the human speedup\n"
+    say(
+        f"frontier {summary['best']:.4g} {summary['unit']}, recovered {summary['recovered']:.3f} of the human speedup\n"
         f"device_seconds: {used:.1f} for runs, {summary['verification_device_seconds']:.1f} for verification\n"
         f"ledger: {summary['ledger']}\npicture: {summary['picture'] or 'none'}"
     )
+
+
+def _claim(verdict: dict[str, Any]) -> str:
+    """Steps that were claimed, or how the time compares with the incumbent's."""
+    if verdict["claim"] is not None:
+        return str(verdict["claim"])
+    return f"time x {verdict['time']['ratio']:.3f}" if verdict["time"] else "undecided time"
 
 
 @app.command()
@@ -496,14 +374,14 @@ def replay(
 
     found = recompute(ledger)
     if as_json:
-        _print_json(asdict(found))
+        print_json(asdict(found))
     else:
         table = Table("submission", "claim", "horizon", "accepted", "n", "reward")
         for s in found.submissions:
             cells = (s["submission"], s["claim"], s["horizon"], s["accepted"], s["n"], f"{s['reward']:+.4f}")
             table.add_row(*map(str, cells))
         console.print(table)
-        console.print(f"{found.tier}: best {found.best:g} steps, recovered {found.recovered:.4f}")
+        console.print(f"{found.tier}: best {found.best:.4g}, recovered {found.recovered:.4f}")
         for line in (*found.notes, *found.differences):
-            _say(f"! {line}")
+            say(f"! {line}")
     return REJECTED if found.differences else 0

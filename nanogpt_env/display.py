@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from pydantic_core import to_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -14,6 +15,15 @@ from nanogpt_env.types import Rerun
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Text as it is: no markup, and no line breaks that would cut a path in two."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def print_json(content: object) -> None:
+    print(to_json(content, indent=1, inf_nan_mode="null", fallback=str).decode())
 
 
 def _bar() -> Progress:
@@ -27,7 +37,7 @@ class RunProgress:
     def __init__(self) -> None:
         self._bar = _bar()
         self._task: TaskID | None = None
-        self._shown: tuple[int, RunHandle] | None = None
+        self._shown: tuple[str, RunHandle | None] | None = None
 
     def clear(self) -> None:
         if self._task is not None:
@@ -35,18 +45,17 @@ class RunProgress:
         self._task = self._shown = None
         self._bar.stop()
 
-    def __call__(self, n: int, handle: RunHandle) -> None:
-        """`n` is the rerun's number, 0 for a run of the agent."""
-        if self._shown != (n, handle):
+    def __call__(self, what: str, handle: RunHandle | None) -> None:
+        """`what` is waited for: a run, a rerun by its number, or a slot, which has no handle."""
+        if self._shown != (what, handle):
             self.clear()
             self._bar.start()
-            self._task = self._bar.add_task(f"rerun {n}" if n else "run", total=None)
-            self._shown = (n, handle)
-        progress = handle.progress()
+            self._task = self._bar.add_task(what, total=None)
+            self._shown = (what, handle)
+        progress = handle.progress() if handle else None
         if progress and self._task is not None:
             loss = f", train loss {progress.train_loss:.3f}" if progress.train_loss else ""
-            label = f"rerun {n}" if n else "run"
-            state = f"{label}{loss}, evaluating" if progress.evaluating else f"{label}{loss}"
+            state = f"{what}{loss}, evaluating" if progress.evaluating else f"{what}{loss}"
             self._bar.update(self._task, completed=progress.done, total=progress.total, description=state)
 
 
@@ -57,7 +66,8 @@ def watch(env: Speedrun) -> Iterator[RunProgress]:
 
     def say(rerun: Rerun) -> None:
         progress.clear()
-        errors.print(f"    rerun {rerun.n}: {rerun.exit_reason}, {rerun.device_seconds:.1f} device_seconds")
+        role = f" ({rerun.role}, {rerun.train_seconds:.2f} s of training)" if rerun.session else ""
+        errors.print(f"    rerun {rerun.n}{role}: {rerun.exit_reason}, {rerun.device_seconds:.1f} device_seconds")
 
     env.on_progress, env.on_rerun = progress, say
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,15 @@ from nanogpt_env import actions as act
 from nanogpt_env import report
 from nanogpt_env.backends import Backend
 from nanogpt_env.backends.local import LocalBackend
+from nanogpt_env.backends.queued import Queued
 from nanogpt_env.budget import METERS, Budget
 from nanogpt_env.content import state_dir
-from nanogpt_env.episode import SOURCE, AgentRun, Episode
+from nanogpt_env.episode import AgentRun, Episode
 from nanogpt_env.errors import ActionError, BackendError, BudgetError
 from nanogpt_env.spaces import MAX_TEXT, action_space, box, observation_space
-from nanogpt_env.tiers import Tier, load_tier
-from nanogpt_env.types import Rerun
+from nanogpt_env.tiers import load_tier
+from nanogpt_env.tracks import StepsTier, Tier
+from nanogpt_env.types import Plan, Rerun
 from nanogpt_env.verify import OnProgress
 from nanogpt_env.workspace import Workspace
 
@@ -70,16 +73,17 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         self.observation_space = observation_space(METERS)
         self._defaults: dict[str, Any] = {"start": start, "anchor": anchor, "budget": budget}
         self._state_dir = state_dir
-        self._backend: Backend = backend or LocalBackend(
-            sandbox, warm=True, hidden=(self.tier.folder, self.tier.corpus_folder())
-        )
+        if backend is None:
+            local = LocalBackend(sandbox, warm=True, hidden=(self.tier.folder, self.tier.corpus_folder()))
+            backend = Queued(local, owner=uuid.uuid4().hex[:8])
+        self._backend: Backend = backend
         # a fork shares both and closes neither; after a reset it has an episode of its own
         self._owns_backend = self._owns_episode = True
         self._episode: Episode | None = None
         self.history: list[tuple[str, str]] = []
         # observers for progress displays; they must not raise
         self.on_rerun: Callable[[Rerun], None] = lambda rerun: None
-        self.on_progress: OnProgress = lambda n, handle: None
+        self.on_progress: OnProgress = lambda what, handle: None
 
     @property
     def episode(self) -> Episode:
@@ -116,8 +120,8 @@ class Speedrun(gymnasium.Env[Observation, Any]):
             Path(self._state_dir or state_dir()),
         )
         self._owns_episode = True
-        source = self.tier.record(self._episode.start).source
-        self.workspace = Workspace({SOURCE: source}, {"task.md": self.tier.task}, table.limits.source_bytes)
+        sources = self.tier.record(self._episode.start).sources
+        self.workspace = Workspace(sources, {"task.md": self.tier.task}, table.limits.source_bytes)
         self.history = []
         text = f"{self.tier.task}\n{report.state_text(self._episode)}"
         self._render_human(text)
@@ -180,9 +184,8 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         twin = Speedrun(self.tier.folder, backend=self._backend, render_mode=self.render_mode)
         twin._owns_backend = twin._owns_episode = False
         twin._episode, twin._defaults, twin._state_dir = self._going(), self._defaults, self._state_dir
-        twin.workspace = Workspace(
-            {SOURCE: self.tier.record(self.episode.start).source}, self.workspace.frozen, self.workspace.max_bytes
-        )
+        sources = self.tier.record(self.episode.start).sources
+        twin.workspace = Workspace(sources, self.workspace.frozen, self.workspace.max_bytes)
         self.episode.ledger.append("fork", snapshot=self.workspace.snapshot)
         twin.restore(self.checkpoint())
         return twin
@@ -234,11 +237,9 @@ class Speedrun(gymnasium.Env[Observation, Any]):
                 return Outcome(report.state_text(self.episode))
 
     def _run(self, action: act.Run) -> Outcome:
-        source = self.workspace.files[SOURCE]
-        horizon = action.horizon or action.steps or self.tier.record(self.episode.start).horizon
-        steps = action.steps or horizon
+        plan = self.tier.plan(action.horizon, action.steps)
         snapshot = self.workspace.keep()
-        run = self.episode.start_run(source, snapshot, horizon, steps, action.seed)
+        run = self.episode.start_run(self.workspace.files, snapshot, plan, action.seed)
         if action.wait:
             self.episode.wait(run, self.on_progress)
         return self._run_outcome(run)
@@ -250,7 +251,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
 
     def _run_info(self, run: AgentRun) -> dict[str, Any]:
         info: dict[str, Any] = {"handle": run.handle, "done": run.result is not None or bool(run.error)}
-        info |= {"horizon": run.horizon, "seed": run.seed}
+        info |= {"horizon": run.plan.horizon if run.plan else None, "seed": run.seed}
         if run.result:
             info |= run.result.model_dump()
         return info
@@ -261,22 +262,28 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         return self.episode.runs[handle]
 
     def _submit(self, action: act.Submit) -> Outcome:
-        source, episode = self.workspace.files[SOURCE], self.episode
-        episode.judge(source)
-        horizon = action.horizon or episode.last_horizon(source) or action.claim
-        if horizon is None:
-            raise ActionError("give a claim or a horizon, or complete a run of this program first")
-        claim = action.claim
-        advice = ""
-        if claim is None:
-            chosen = episode.advice(source, horizon)
-            if chosen.claim is None:
-                raise ActionError(f"no claim was given and none can be made: {chosen.text}")
-            claim, advice = chosen.claim, chosen.text + "\n"
+        sources, episode = dict(self.workspace.files), self.episode
+        episode.judge(sources)
+        plan, advice = self._claim(action)
         snapshot = self.workspace.keep()
-        verdict, reward = episode.submit(source, snapshot, claim, horizon, self.on_rerun, self.on_progress)
+        verdict, reward = episode.submit(sources, snapshot, plan, self.on_rerun, self.on_progress)
         text = advice + report.verdict_text(verdict, reward, episode)
         return Outcome(text, reward, extra={"verdict": verdict.model_dump()})
+
+    def _claim(self, action: act.Submit) -> tuple[Plan | None, str]:
+        """What is claimed, and why if the agent left it out."""
+        if not isinstance(self.tier, StepsTier):
+            return self.tier.plan(action.horizon, action.claim), ""
+        sources = self.workspace.files
+        horizon = action.horizon or self.episode.last_horizon(sources) or action.claim
+        if horizon is None:
+            raise ActionError("give a claim or a horizon, or complete a run of this program first")
+        if action.claim is not None:
+            return self.tier.plan(horizon, action.claim), ""
+        chosen = self.episode.advice(sources, horizon)
+        if chosen.claim is None:
+            raise ActionError(f"no claim was given and none can be made: {chosen.text}")
+        return self.tier.plan(horizon, chosen.claim), chosen.text + "\n"
 
     # --- observations ---
 
@@ -286,7 +293,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         val_loss, train_loss = report.last_losses(completed, self.tier.table.data.public)
         scores = [
             e.recovered,
-            e.best / e.start_steps,
+            e.best / e.start_value,
             val_loss,
             train_loss,
             float(bool(e.verdicts) and e.verdicts[-1].accepted),
@@ -307,7 +314,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
             "episode": e.id,
             "ledger": str(e.ledger.path),
             "snapshot": self.workspace.snapshot,
-            "best_steps": e.best,
+            "best": e.best,
             "recovered": e.recovered,
             "budget": e.budget.status(),
             "verification_device_seconds": e.budget.verification_device_seconds,

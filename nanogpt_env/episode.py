@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ from nanogpt_env.claims import ClaimAdvice, advise
 from nanogpt_env.errors import ActionError, BackendError, BudgetError, JudgeError, LedgerError
 from nanogpt_env.judging.static import judge_source
 from nanogpt_env.ledger import VERSION, Ledger
-from nanogpt_env.tiers import Tier
-from nanogpt_env.types import Rerun, RunResult, Verdict
-from nanogpt_env.verify import OnProgress, Submission, verify
+from nanogpt_env.tracks import StepsTier, Tier
+from nanogpt_env.types import Plan, Rerun, RunResult, Verdict
+from nanogpt_env.verify import OnProgress, Program, Submission, verify
 from nanogpt_env.workspace import normal_form
 
-SOURCE = "optimizer.py"
 MIN_RUN_SECONDS = 1.0
 POLL_S = 0.2
 
@@ -37,10 +36,9 @@ class AgentRun:
 
     handle: str
     program: str
-    """normal form of the source"""
+    """normal form of the sources"""
     snapshot: str
-    steps: int
-    horizon: int
+    plan: Plan | None
     seed: int
     """repeats the run; nothing about it tells of a verification seed"""
     process: RunHandle
@@ -57,18 +55,19 @@ class Episode:
         self.tier, self.start, self.anchor, self.budget, self.backend = tier, start, anchor, budget, backend
         self.id = secrets.token_hex(8)
         self.folder = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{tier.name}-{self.id}"
-        self.start_steps, self.anchor_steps = tier.value_of(start), tier.value_of(anchor)
-        if not self.start_steps > self.anchor_steps:
-            raise ActionError(f"start record {start} ({self.start_steps:g} steps) must be slower than anchor {anchor}")
-        self.best: float = self.start_steps
-        self.best_submission = ""
+        self.start_value, self.anchor_value = tier.value_of(start), tier.value_of(anchor)
+        if not self.start_value > self.anchor_value:
+            raise ActionError(
+                f"start record {start} ({tier.format(self.start_value)}) must be slower than anchor {anchor}"
+            )
+        self.frontier = Program(start, tier.record(start).sources, self.start_value)
+        """the best verified program so far"""
         self.runs: dict[str, AgentRun] = {}
         self.verdicts: list[Verdict] = []
         self.over = ""
         self._submitted = 0
-        self._by_program: dict[tuple[str, int, int], Verdict] = {}
+        self._by_program: dict[tuple[str, Plan | None], Verdict] = {}
         self.ledger = Ledger(self.folder / "ledger.jsonl")
-        test = tier.test()
         self.ledger.append(
             "episode",
             version=VERSION,
@@ -76,10 +75,10 @@ class Episode:
             tier=tier.name,
             fingerprint=tier.fingerprint(),
             track=tier.table.track,
-            start={"record": start, "value": self.start_steps},
-            anchor={"record": anchor, "value": self.anchor_steps},
+            start={"record": start, "value": self.start_value},
+            anchor={"record": anchor, "value": self.anchor_value},
             reward_form=tier.table.reward.form,
-            test=vars(test),
+            tests=tier.trial_fields(),
             budget=budget.limits,
             time=time.time(),
         )
@@ -88,10 +87,14 @@ class Episode:
 
     @property
     def recovered(self) -> float:
-        return scoring.recovered(self.start_steps, self.anchor_steps, self.best)
+        return scoring.recovered(self.start_value, self.anchor_value, self.best)
 
-    def _share(self, steps: float) -> float:
-        return scoring.share(self.tier.table.reward.form, self.start_steps, self.anchor_steps, steps)
+    @property
+    def best(self) -> float:
+        return self.frontier.value
+
+    def _share(self, value: float) -> float:
+        return scoring.share(self.tier.table.reward.form, self.start_value, self.anchor_value, value)
 
     @property
     def active(self) -> list[AgentRun]:
@@ -99,24 +102,19 @@ class Episode:
 
     # --- runs ---
 
-    def start_run(self, source: str, snapshot: str, horizon: int, steps: int, seed: int | None) -> AgentRun:
+    def start_run(self, sources: Mapping[str, str], snapshot: str, plan: Plan | None, seed: int | None) -> AgentRun:
         """Judge, reserve, start. Raises `ActionError`, `BudgetError` or `BackendError`; nothing is charged then."""
-        self._check_program(source, steps, horizon)
-        program = normal_form(source)
+        self.judge(sources)
+        program = normal_form(sources)
         if len(self.active) >= self.tier.table.verification.slots:
             raise ActionError(f"all {self.tier.table.verification.slots} slot(s) are in use; poll or cancel a run")
         seconds = min(self.tier.table.limits.deadline_s, self.budget.left("device_seconds"))
         if seconds < MIN_RUN_SECONDS:
             raise BudgetError("device_seconds: spent; you can still submit")
         seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
-        job = self.tier.job(source, steps, horizon, f"agent/{seed}", (self.tier.table.data.public,))
+        job = self.tier.job(sources, plan, f"agent/{seed}", (self.tier.table.data.public,))
         job = job.model_copy(update={"limits": job.limits.model_copy(update={"deadline_s": seconds})})
-        amounts = {
-            "device_seconds": seconds,
-            "flops": float(steps * self.tier.flops_per_step()),
-            "tokens": float(steps * self.tier.tokens_per_step()),
-            "runs": 1.0,
-        }
+        amounts = {"device_seconds": seconds, **self.tier.most(plan), "runs": 1.0}
         reservation = self.budget.reserve(amounts)
         handle = f"run-{len(self.runs) + 1}"
         try:
@@ -125,7 +123,7 @@ class Episode:
         except BaseException:
             self._settle(handle, reservation, {})
             raise
-        run = AgentRun(handle, program, snapshot, steps, horizon, seed, process, reservation)
+        run = AgentRun(handle, program, snapshot, plan, seed, process, reservation)
         self.runs[handle] = run
         return run
 
@@ -133,7 +131,7 @@ class Episode:
         """Wait for a run. Interrupted (Ctrl-C), it cancels and charges the run before it gives way."""
         try:
             while not run.process.done():
-                on_progress(0, run.process)
+                on_progress("run", run.process)
                 with contextlib.suppress(TimeoutError, BackendError):
                     run.process.result(POLL_S)
         except BaseException:
@@ -166,65 +164,64 @@ class Episode:
         self._settle(run.handle, run.reservation, used)
         # a point's loss may be inf or nan, which JSON does not have: null
         fields = json.loads(r.model_dump_json(exclude={"log", "train_losses"}))
-        self.ledger.append(
-            "run", handle=run.handle, snapshot=run.snapshot, horizon=run.horizon, seed=run.seed, **fields
-        )
+        horizon = run.plan.horizon if run.plan else None
+        self.ledger.append("run", handle=run.handle, snapshot=run.snapshot, horizon=horizon, seed=run.seed, **fields)
 
     def _settle(self, handle: str, reservation: Reservation, used: dict[str, float]) -> None:
         self.budget.settle(reservation, used)
         self.ledger.append("charge", handle=handle, used=used, spent={m: self.budget.spent(m) for m in RUN_METERS})
 
-    def judge(self, source: str) -> None:
+    def judge(self, sources: Mapping[str, str]) -> None:
         """Raises `JudgeError` with the static judge's reasons."""
-        reasons = judge_source(source)
-        if reasons:
-            raise JudgeError("the static judge refuses optimizer.py:\n" + "\n".join(f"- {r}" for r in reasons[:20]))
-
-    def _check_program(self, source: str, steps: int, horizon: int) -> None:
-        self.judge(source)
-        most = self.tier.table.training.max_horizon
-        if not 1 <= steps <= horizon <= most:
-            raise ActionError(f"need 1 <= steps <= horizon <= {most}, got {steps} steps of horizon {horizon}")
+        for name, source in sources.items():
+            if reasons := judge_source(source, name):
+                text = "\n".join(f"- {r}" for r in reasons[:20])
+                raise JudgeError(f"the static judge refuses {name}:\n{text}")
 
     # --- submissions ---
 
-    def advice(self, source: str, horizon: int) -> ClaimAdvice:
-        return advise(self.tier, self.completed_runs(normal_form(source), horizon))
+    def advice(self, sources: Mapping[str, str], horizon: int) -> ClaimAdvice:
+        """Which claim the agent's runs of an update rule support. Raises `ActionError` on other tracks."""
+        if not isinstance(self.tier, StepsTier):
+            raise ActionError(f"tier {self.tier.name} has no claims")
+        return advise(self.tier, self.completed_runs(normal_form(sources), horizon))
 
     def completed_runs(self, program: str, horizon: int | None) -> list[RunResult]:
         """The agent's completed runs of a program, of any horizon if None."""
         return [
             r.result
             for r in self.runs.values()
-            if r.program == program and r.result and r.result.completed and horizon in (None, r.horizon)
+            if r.program == program and r.result and r.result.completed
+            if horizon is None or (r.plan and r.plan.horizon == horizon)
         ]
 
-    def last_horizon(self, source: str) -> int | None:
-        program = normal_form(source)
-        horizons = [r.horizon for r in self.runs.values() if r.program == program and r.result and r.result.completed]
-        return horizons[-1] if horizons else None
+    def last_horizon(self, sources: Mapping[str, str]) -> int | None:
+        program = normal_form(sources)
+        plans = [r.plan for r in self.runs.values() if r.program == program and r.result and r.result.completed]
+        return plans[-1].horizon if plans and plans[-1] else None
 
     def submit(
         self,
-        source: str,
+        sources: Mapping[str, str],
         snapshot: str,
-        claim: int,
-        horizon: int,
+        plan: Plan | None,
         on_rerun: Callable[[Rerun], None],
         on_progress: OnProgress,
     ) -> tuple[Verdict, float]:
         """Verify and score: (verdict, reward). The same program with the same claim and horizon returns
         the verdict it had. If our side fails nothing is charged and `BackendError` is raised."""
-        self._check_program(source, claim, horizon)
-        key = (normal_form(source), claim, horizon)
+        self.judge(sources)
+        key = (normal_form(sources), plan)
         if key in self._by_program:
             return self._by_program[key].model_copy(update={"cached": True}), 0.0
         reservation = self.budget.reserve({"submissions": 1.0})
         self._submitted += 1  # a void one keeps its number
-        submission = Submission(f"submission-{self._submitted}", snapshot, source, claim, horizon)
+        submission = Submission(f"submission-{self._submitted}", snapshot, dict(sources), plan)
+        claim, horizon = (plan.steps, plan.horizon) if plan else (None, None)
 
         def record(rerun: Rerun) -> None:
-            fields = rerun.model_dump(include={"n", "exit_reason", "loss", "device_seconds"})
+            known = {"n", "role", "session", "exit_reason", "loss", "train_seconds", "device_seconds"}
+            fields = rerun.model_dump(include=known)
             self.ledger.append("rerun", submission=submission.id, **fields)
             on_rerun(rerun)
 
@@ -236,7 +233,9 @@ class Episode:
 
         try:
             self.ledger.append("submit", submission=submission.id, snapshot=snapshot, claim=claim, horizon=horizon)
-            verdict, evidence = verify(self.tier, self.backend, submission, record, on_progress, redone, used)
+            verdict, evidence = verify(
+                self.tier, self.backend, submission, self.frontier, record, on_progress, redone, used
+            )
             seal(self.folder / "evidence" / f"{submission.id}.json", evidence.model_dump())
         except BaseException:
             # undecided: neither charged nor cached. Ctrl-C ends here too, after the reruns were cancelled.
@@ -247,12 +246,12 @@ class Episode:
         self.verdicts.append(verdict)
         self._by_program[key] = verdict
         self.ledger.append("verdict", **verdict.model_dump(exclude={"cached"}))
-        return verdict, self._reward(verdict)
+        return verdict, self._reward(verdict, submission)
 
-    def _reward(self, verdict: Verdict) -> float:
+    def _reward(self, verdict: Verdict, submission: Submission) -> float:
         before = self.best
-        if verdict.accepted and verdict.claim < before:
-            self.best, self.best_submission = float(verdict.claim), verdict.submission
+        if verdict.value is not None and verdict.value < before:
+            self.frontier = Program(submission.id, submission.sources, verdict.value)
         reward = self._share(self.best) - self._share(before)
         self.ledger.append(
             "reward",
@@ -260,7 +259,7 @@ class Episode:
             best=self.best,
             reward=reward,
             recovered=self.recovered,
-            recovered_log=scoring.recovered_log(self.start_steps, self.anchor_steps, self.best),
+            recovered_log=scoring.recovered_log(self.start_value, self.anchor_value, self.best),
         )
         return reward
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nanogpt_env.tiers import Tier
+from nanogpt_env.tracks import Tier
 
 SMOOTHING = 10  # steps averaged in the training curves
 

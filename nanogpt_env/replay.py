@@ -11,6 +11,8 @@ from nanogpt_env import scoring
 from nanogpt_env.errors import LedgerError
 from nanogpt_env.ledger import VERSION, read_ledger
 from nanogpt_env.stats import SequentialTest
+from nanogpt_env.timing import PairTest
+from nanogpt_env.trials import LossTrial, TimeTrial, Trial, Turn
 
 TOLERANCE = 1e-9
 
@@ -45,40 +47,26 @@ def replay(path: Path) -> Replay:
 def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
     head = lines[0]
     start, anchor, form = head["start"]["value"], head["anchor"]["value"], head["reward_form"]
-    test = SequentialTest(**head["test"])
     out = Replay(head["tier"], best=start, recovered=0.0, total_reward=0.0, notes=[torn] if torn else [])
-    losses: dict[str, list[float]] = {}
+    trials: dict[str, Trial] = {}
     offers: dict[str, dict[str, Any]] = {}
     for line in lines[1:]:
         name = line.get("submission", "")
         if line["kind"] == "submit":
-            losses[name], offers[name] = [], line
+            trials[name], offers[name] = _trial(head, line["claim"], out.best), line
         elif line["kind"] == "rerun":
-            losses[name].append(math.inf if line["loss"] is None else float(line["loss"]))
+            loss = math.inf if line["loss"] is None else float(line["loss"])
+            trials[name].add(Turn(line["role"], line["session"]), loss, line["train_seconds"])
         elif line["kind"] == "verdict":
-            decision = test.decide(losses[name])
-            if decision.outcome != ("accept" if line["accepted"] else "reject"):
-                mine_is = "undecided" if decision.outcome == "continue" else f"{decision.outcome}ed"
-                recorded = "accepted" if line["accepted"] else "rejected"
-                out.differences.append(f"{name}: recorded {recorded}, recomputed {mine_is} after {decision.n} rerun(s)")
-            mine = {"claim": offers[name]["claim"], "horizon": offers[name]["horizon"], "n": decision.n}
-            out.differences += _differences(name, line, mine)
-            before = out.best
-            if decision.outcome == "accept":
-                out.best = min(out.best, float(line["claim"]))
+            out.differences += _check_verdict(name, line, trials[name], offers[name])
+            accepted, before = trials[name].outcome == "accept", out.best
+            if accepted:
+                out.best = min(out.best, trials[name].value())
             reward = scoring.share(form, start, anchor, out.best) - scoring.share(form, start, anchor, before)
             out.total_reward += reward
-            out.submissions.append(
-                {
-                    "submission": name,
-                    "claim": line["claim"],
-                    "horizon": line["horizon"],
-                    "accepted": decision.outcome == "accept",
-                    "n": decision.n,
-                    "reward": reward,
-                    "trusted": line["trusted"],
-                }
-            )
+            known = ("claim", "horizon", "trusted")
+            more = {"accepted": accepted, "n": len(trials[name].losses), "reward": reward}
+            out.submissions.append({"submission": name, **{key: line[key] for key in known}, **more})
         elif line["kind"] == "reward":
             paid = out.submissions[-1]["reward"] if out.submissions else math.nan
             out.differences += _differences(name, line, {"reward": paid, "best": out.best})
@@ -91,9 +79,31 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
     return out
 
 
-def _differences(name: str, line: dict[str, Any], mine: dict[str, float]) -> list[str]:
+def _trial(head: dict[str, Any], claim: int | None, best: float) -> Trial:
+    loss_test = SequentialTest(**_whole(head["tests"]["loss"], "n_min", "n_max"))
+    if head["track"] == "steps":
+        return LossTrial(loss_test, float(claim or 0))
+    return TimeTrial(loss_test, PairTest(**_whole(head["tests"]["pairs"], "pairs")), best)
+
+
+def _whole(fields: dict[str, float], *names: str) -> dict[str, Any]:
+    return fields | {name: int(fields[name]) for name in names}
+
+
+def _check_verdict(name: str, line: dict[str, Any], trial: Trial, offer: dict[str, Any]) -> list[str]:
+    n, recorded = len(trial.losses), "accept" if line["accepted"] else "reject"
+    if trial.outcome != recorded:
+        mine_is = "undecided" if trial.outcome == "continue" else f"{trial.outcome}ed"
+        return [f"{name}: recorded {recorded}ed, recomputed {mine_is} after {n} rerun(s)"]
+    mine = {"claim": offer["claim"], "horizon": offer["horizon"], "n": n}
+    return _differences(name, line, mine | ({"value": trial.value()} if line["accepted"] else {}))
+
+
+def _differences(name: str, line: dict[str, Any], mine: dict[str, float | None]) -> list[str]:
     return [
         f"{name}: recorded {key} {line[key]}, recomputed {value}"
         for key, value in mine.items()
-        if not abs(value - line[key]) <= TOLERANCE
+        if not (
+            line[key] == value or (line[key] is not None and value is not None and abs(value - line[key]) <= TOLERANCE)
+        )
     ]

@@ -17,7 +17,8 @@ def run_text(run: AgentRun, shard: str) -> str:
         where = f"{progress.done} of {progress.total}" if progress else "starting"
         return f"{run.handle}: running, {where}"
     r = run.result
-    lines = [f"{run.handle}: {r.exit_reason}, {r.steps} of {run.steps} steps, horizon {run.horizon}"]
+    how_far = f"{r.steps} of {run.plan.steps} steps, horizon {run.plan.horizon}" if run.plan else f"{r.steps} batches"
+    lines = [f"{run.handle}: {r.exit_reason}, {how_far}"]
     if r.detail:
         lines.append(f"  {r.detail}")
     if r.val_losses:
@@ -27,10 +28,12 @@ def run_text(run: AgentRun, shard: str) -> str:
         lines.append(f"  val_loss by step (small subset): {points}")
     if r.train_losses:
         lines.append(f"  train_loss: {r.train_losses[-1]:.4f}")
-    lines.append(
-        f"  tokens: {r.tokens:,}  flops: {r.flops:.3g}  device_seconds: {r.device_seconds:.1f}  "
+    time = (
         f"rule_time: {r.rule_time_ratio:.2f} x forward + backward"
+        if run.plan
+        else f"train_seconds: {r.train_seconds:.2f}"
     )
+    lines.append(f"  tokens: {r.tokens:,}  flops: {r.flops:.3g}  device_seconds: {r.device_seconds:.1f}  {time}")
     lines.append(f"  sandbox: {r.sandbox.name}" + ("" if r.sandbox.trusted else " (trusted: false)"))
     if not r.sandbox.trusted and r.sandbox.note:
         lines.append(f"  {r.sandbox.note}")
@@ -42,25 +45,34 @@ def run_text(run: AgentRun, shard: str) -> str:
 
 def verdict_text(verdict: Verdict, reward: float, episode: Episode) -> str:
     loss = "" if verdict.coarse_loss is None else f", mean loss about {verdict.coarse_loss:.3f}"
-    cached = " This program, claim and horizon had their verdict before; nothing was rerun." if verdict.cached else ""
+    claimed = "" if verdict.claim is None else f" claim {verdict.claim} of horizon {verdict.horizon}:"
+    same = "This program" if verdict.claim is None else "This program, claim and horizon"
+    cached = f" {same} had their verdict before; nothing was rerun." if verdict.cached else ""
     trust = "" if verdict.trusted else "\ntrusted: false (no sandbox; `nanogpt-env doctor` says how to get one)"
     if verdict.accepted and reward == 0 and not verdict.cached:
-        trust += f"\nno reward: the frontier is at {episode.best:g} steps already"
+        trust += f"\nno reward: the frontier is at {episode.tier.format(episode.best)} already"
     return (
-        f"{verdict.submission}: claim {verdict.claim} of horizon {verdict.horizon}: {verdict.reason}. "
+        f"{verdict.submission}:{claimed} {verdict.reason}. {timing_text(verdict)}"
         f"{verdict.n} rerun(s){loss}, {verdict.device_seconds:.1f} device_seconds.{cached}{trust}\n"
         f"reward {reward:+.4f}, recovered {episode.recovered:.4f}"
     )
 
 
+def timing_text(verdict: Verdict) -> str:
+    if verdict.time is None:
+        return ""
+    t = verdict.time
+    return f"Time: {t.seconds:.2f} s, {t.ratio:.3f} of the incumbent's, at most {t.bound:.3f}. "
+
+
 def state_text(episode: Episode) -> str:
     """Frontier, budget, last verdict: what `render` prints."""
     e = episode
-    frontier = f"{e.best:g} steps ({e.best_submission or e.start})"
+    of = e.tier.format
     lines = [
-        f"{e.tier.name}: start {e.start} {e.start_steps:g} steps, anchor {e.anchor} {e.anchor_steps:g} steps, "
+        f"{e.tier.name}: start {e.start} {of(e.start_value)}, anchor {e.anchor} {of(e.anchor_value)}, "
         f"target {e.tier.table.training.target:g} nats",
-        f"frontier: {frontier}, recovered {e.recovered:.4f}",
+        f"frontier: {of(e.best)} ({e.frontier.name}), recovered {e.recovered:.4f}",
     ]
     for meter, s in e.budget.status().items():
         lines.append(f"  {meter}: {s['spent']:.4g} of {s['limit']:.4g} spent")
@@ -69,7 +81,8 @@ def state_text(episode: Episode) -> str:
         lines.append("running: " + ", ".join(r.handle for r in e.active))
     if e.verdicts:
         v = e.verdicts[-1]
-        lines.append(f"last verdict: {v.submission} claim {v.claim}: {v.reason} (n = {v.n})")
+        claim = "" if v.claim is None else f" claim {v.claim}"
+        lines.append(f"last verdict: {v.submission}{claim}: {v.reason} (n = {v.n})")
     if e.over:
         lines.append(f"over: {e.over}")
     return "\n".join(lines)
@@ -79,4 +92,5 @@ def last_losses(runs: list[RunResult], shard: str) -> tuple[float, float]:
     """(validation, training) loss of the last completed run; zeros before one."""
     if not runs:
         return 0.0, 0.0
-    return runs[-1].val_losses[shard], runs[-1].train_losses[-1]
+    train = runs[-1].train_losses  # none on the wallclock track: training code tells no loss that counts
+    return runs[-1].val_losses[shard], train[-1] if train else 0.0

@@ -13,10 +13,10 @@ from nanogpt_env.actions import ACTION_NAMES, MAX_SEED
 MAX_TEXT = 1 << 20
 MAX_STEPS = 10**6
 
-SCORES = ("recovered", "best_steps_share", "val_loss", "train_loss", "last_accepted", "submissions")
-"""Entries of `observation["scores"]`: share recovered by the best verified submission; its steps over the
-start record's; the last completed run's losses (0 before one); 1 if the last verdict was an acceptance;
-verdicts so far."""
+SCORES = ("recovered", "best_share", "val_loss", "train_loss", "last_accepted", "submissions")
+"""Entries of `observation["scores"]`: share recovered by the best verified submission; its value (steps, or time)
+over the start record's; the last completed run's losses (0 before one, and where none are measured); 1 if the last
+verdict was an acceptance; verdicts so far."""
 SCORE_LIMITS = {"recovered": (-100.0, 100.0)}
 
 

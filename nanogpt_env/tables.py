@@ -90,6 +90,13 @@ class Verification(Record):
     """runs at a time, the agent's and verification's each"""
 
 
+class WallclockVerification(Verification):
+    pairs: Annotated[int, Field(ge=2)]
+    """of candidate's and incumbent's runs in one session"""
+    drift: Positive = 3.0
+    """how far the incumbent's own times may move in a session, in units of the pair sd"""
+
+
 class Reward(Record):
     form: RewardForm = "linear"
     start: str
@@ -120,25 +127,46 @@ class StepsTable(TierTable):
 class WallclockTable(TierTable):
     track: Literal["wallclock"]
     training: WallclockTraining
+    verification: WallclockVerification
 
 
 class RecordCalibration(Record):
     """What was measured of one record."""
 
+    value: Positive | None = None
+    """what it counts as: steps, or share of the start record's time"""
+    value_error: float | None = None
+    """standard error of `value`"""
+    value_n: int = 0
+    """reruns, or pairs of runs, behind it"""
+    loss_sd: float
+    """sd of the hidden loss over reruns, nats"""
+
+
+class StepsRecordCalibration(RecordCalibration):
+    """`value` is the claim that verification accepts with power 0.9."""
+
     steps_mean: Positive
     """first step at which the hidden loss is at the target, interpolated; mean over seeds"""
     steps_sd: float
     steps_n: Count
-    value: Positive | None = None
-    """the claim that verification accepts with power 0.9"""
-    value_error: float | None = None
-    """standard error of `value`, steps"""
-    value_n: int = 0
     claim: int | None
     """a claim with slack, for demonstrations: predicted to fail less than once in a thousand times; None if the
     record's horizon has no room for one"""
-    loss_sd: float
-    """sd of the hidden loss over reruns, nats"""
+
+
+class TimedRecordCalibration(RecordCalibration):
+    """`value` is what verification pays for the record, submitted against the start record, on average."""
+
+    loss_mean: float
+    """hidden loss, nats"""
+    loss_n: Count
+    power: float
+    """chance that the loss test accepts it"""
+    tokens: Count
+    """training tokens that it uses"""
+    seconds: Positive
+    """mean training seconds"""
 
 
 class Calibration(Record):
@@ -153,22 +181,50 @@ class Calibration(Record):
     boundary: Positive
     """constant C of the sequential test at level alpha / submissions"""
     boundary_level: Positive
+    power: dict[str, Any]
+    evidence: dict[str, Any]
+
+
+class StepsCalibration(Calibration):
     shard_offset: float
     """mean loss on the public shard minus on the hidden one, nats"""
     shard_offset_error: float
     """standard error of `shard_offset`"""
     shard_offset_sd: float
     """sd of that difference from run to run"""
-    records: dict[str, RecordCalibration]
-    power: dict[str, Any]
+    records: dict[str, StepsRecordCalibration]
+
+
+class HostTiming(Record):
+    """What a host's clock says about a tier: in `calibration.json`, and in a file per host (`tiers time`)."""
+
+    fingerprint: str
+    """of the tier's records, data and settings"""
+    pair_sd: Positive
+    """sd of a pair's log ratio, upper 90 % confidence limit over all sessions: the floor of the test"""
+    pairs: Count
+    log_ratios: dict[str, float]
+    """record -> ln of its time over the start record's, mean over pairs"""
+    log_ratio_errors: dict[str, float]
     evidence: dict[str, Any]
 
 
+class WallclockCalibration(Calibration):
+    records: dict[str, TimedRecordCalibration]
+    table_floor: dict[str, float]
+    """loss of the best table that the tier's model can hold, and after a short finish; nats"""
+    timing: HostTiming
+
+
 class HumanRecord(Record):
-    """`records/<name>/record.toml` and its optimizer.py."""
+    """`records/<name>/record.toml` and its program."""
 
     name: str
     technique: str
-    horizon: Count
     order: int
-    source: str
+    sources: dict[str, str]
+    """file name -> text"""
+
+
+class StepsRecord(HumanRecord):
+    horizon: Count

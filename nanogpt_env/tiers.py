@@ -5,143 +5,31 @@ docs/tiers.md explains every field and how to make a tier of your own.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, RootModel
 
-from nanogpt_env.content import cache_dir, content_root
+from nanogpt_env.content import content_root, state_dir
 from nanogpt_env.errors import TierError
-from nanogpt_env.stats import SequentialTest
-from nanogpt_env.tables import Calibration, HumanRecord, StepsTable
-from nanogpt_env.types import Limits, Record, StepsJob
+from nanogpt_env.tables import (
+    Calibration,
+    HostTiming,
+    HumanRecord,
+    StepsCalibration,
+    StepsRecord,
+    StepsTable,
+    WallclockCalibration,
+    WallclockTable,
+)
+from nanogpt_env.tracks import StepsTier, Tier, WallclockTier
 
 ENTRY_POINTS = "nanogpt_env.tiers"
 CALIBRATION = "calibration.json"
-T = TypeVar("T", bound=Record)
-
-
-class Tier(BaseModel):
-    """A tier ready for use. `calibration` is None only when loaded for calibration."""
-
-    model_config = {"frozen": True}
-
-    folder: Path
-    table: StepsTable
-    records: dict[str, HumanRecord]
-    """by name, in the order of the ladder"""
-    task: str
-    calibration: Calibration | None
-
-    @property
-    def name(self) -> str:
-        return self.table.name
-
-    @property
-    def measured(self) -> Calibration:
-        if self.calibration is None:
-            raise TierError(f"tier {self.name} was loaded without its calibration")
-        return self.calibration
-
-    def value_of(self, record: str) -> float:
-        """Steps that a record counts as. Raises `TierError` unless it was valued by reruns."""
-        row = self.measured.records.get(self.record(record).name)
-        if row is None or row.value is None:
-            valued = [n for n, r in self.measured.records.items() if r.value is not None]
-            raise TierError(
-                f"record {record!r} of tier {self.name} has no measured value; choose one of {', '.join(valued)}, "
-                f"or value it: nanogpt-env tiers calibrate {self.folder} --value {record}"
-            )
-        return row.value
-
-    def record(self, name: str) -> HumanRecord:
-        if name not in self.records:
-            raise TierError(f"tier {self.name} has no record {name!r}; it has {', '.join(self.records)}")
-        return self.records[name]
-
-    def level(self) -> float:
-        """Level of one submission: the episode's, spent evenly over its submissions."""
-        return self.table.verification.alpha / self.table.budget.submissions
-
-    def test(self) -> SequentialTest:
-        v, c = self.table.verification, self.measured
-        return SequentialTest.for_tier(self.table.training.target, c.sigma, self.level(), v.n_min, v.n_max, c.boundary)
-
-    def limits(self) -> Limits:
-        t = self.table.limits
-        return Limits(
-            deadline_s=t.deadline_s,
-            setup_s=t.setup_s,
-            stall_s=t.stall_s,
-            rule_time=t.rule_time,
-            memory_bytes=t.memory_mib << 20,
-        )
-
-    def corpus_folder(self) -> Path:
-        beside = self.folder / self.table.data.corpus
-        return beside if beside.is_dir() else content_root() / "gpu_backend" / "corpora" / self.table.data.corpus
-
-    def job(self, source: str, steps: int, horizon: int, seed: str, shards: tuple[str, ...]) -> StepsJob:
-        """The training job of a run; `shards` are evaluated at the end, the first also at the points."""
-        t = self.table
-        return StepsJob(
-            source=source,
-            model=t.model.model_dump(),
-            corpus=str(self.corpus_folder()),
-            cache=str(cache_dir()),
-            batch_size=t.training.batch_size,
-            steps=steps,
-            horizon=horizon,
-            seed=seed,
-            limits=self.limits(),
-            points=tuple(sorted({max(1, round(p * horizon)) for p in t.training.points})),
-            point_tokens=t.training.point_tokens,
-            train_shard=t.data.train,
-            final_shards=shards,
-        )
-
-    def tokens_per_step(self) -> int:
-        return self.table.training.batch_size * self.table.model.seq_len
-
-    def flops_per_step(self) -> int:
-        """Forward and backward of one step: 6 N_mm + 12 L d T per token; a test holds it to the trainer's."""
-        m = self.table.model
-        matmul_weights = m.layers * 12 * m.width**2 + m.vocab_size * m.width
-        return self.tokens_per_step() * (6 * matmul_weights + 12 * m.layers * m.width * m.seq_len)
-
-    def trained(self) -> str:
-        """Hash of all that a record's losses depend on."""
-        t = self.table
-        content = {
-            "model": t.model.model_dump(),
-            "data": t.data.model_dump(),
-            "batch_size": t.training.batch_size,
-            "records": {r.name: [r.horizon, r.source] for r in self.records.values()},
-        }
-        return _digest(json.dumps(content, sort_keys=True) + self.manifest())
-
-    def manifest(self) -> str:
-        """The corpus's manifest, which has the hash of every shard."""
-        return _read(self.corpus_folder() / "manifest.json")
-
-    def fingerprint(self) -> str:
-        """Hash of all that the calibration depends on."""
-        t = self.table
-        content = {
-            "trained": self.trained(),
-            "target": t.training.target,
-            "verification": t.verification.model_dump(exclude={"slots"}),
-            "valued": [t.reward.start, t.reward.anchor],
-        }
-        return _digest(json.dumps(content, sort_keys=True))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+T = TypeVar("T", bound=BaseModel)
 
 
 def builtin_tiers() -> list[str]:
@@ -181,22 +69,39 @@ def load_tier(name_or_path: str | Path, *, calibrated: bool = True) -> Tier:
     """
     folder = find_tier(name_or_path)
     try:
-        table = _read_toml(folder / "env.toml", StepsTable)
-        records = _load_records(folder)
-        tier = Tier(
-            folder=folder,
-            table=table,
-            records=records,
-            task=_read(folder / "task.md"),
-            calibration=load_calibration(folder) if calibrated else None,
-        )
-        tier.record(table.reward.start)
-        tier.record(table.reward.anchor)
+        tier = _load(folder, calibrated)
+        tier.record(tier.table.reward.start)
+        tier.record(tier.table.reward.anchor)
         if calibrated:
             _check_calibration(tier)
     except (ValueError, OSError) as error:
         raise TierError(f"tier in {folder}: {error}") from None
     return tier
+
+
+def _load(folder: Path, calibrated: bool) -> Tier:
+    path, task = folder / "env.toml", _read(folder / "task.md")
+    table = _read_toml(path, _AnyTable).root
+    if isinstance(table, StepsTable):
+        return StepsTier(
+            folder=folder,
+            table=table,
+            records=_load_records(folder, StepsRecord, StepsTier.files),
+            task=task,
+            calibration=load_calibration(folder, StepsCalibration) if calibrated else None,
+        )
+    return WallclockTier(
+        folder=folder,
+        table=table,
+        records=_load_records(folder, HumanRecord, WallclockTier.files),
+        task=task,
+        calibration=load_calibration(folder, WallclockCalibration) if calibrated else None,
+        host=load_host_timing(table.name),
+    )
+
+
+class _AnyTable(RootModel[Annotated[StepsTable | WallclockTable, Field(discriminator="track")]]):
+    pass
 
 
 def _read(path: Path) -> str:
@@ -210,28 +115,52 @@ def _read(path: Path) -> str:
 
 def _read_toml(path: Path, model: type[T], **known: Any) -> T:
     try:
-        return model(**tomllib.loads(_read(path)), **known)
-    except (TypeError, ValueError) as error:  # a field that is known may not be given: TypeError
+        content = tomllib.loads(_read(path))
+        if twice := set(content) & set(known):
+            raise ValueError(f"may not be given here: {', '.join(sorted(twice))}")
+        return model.model_validate({**content, **known})
+    except ValueError as error:
         raise TierError(f"{path}: {error}") from None
 
 
-def _load_records(folder: Path) -> dict[str, HumanRecord]:
+R = TypeVar("R", bound=HumanRecord)
+
+
+def _load_records(folder: Path, model: type[R], files: tuple[str, ...]) -> dict[str, R]:
     records = []
     for path in (folder / "records").glob("*/record.toml"):
-        source = _read(path.parent / "optimizer.py")
-        records.append(_read_toml(path, HumanRecord, name=path.parent.name, source=source))
+        sources = {name: _read(path.parent / name) for name in files}
+        records.append(_read_toml(path, model, name=path.parent.name, sources=sources))
     return {r.name: r for r in sorted(records, key=lambda r: (r.order, r.name))}
 
 
-def load_calibration(folder: Path) -> Calibration:
+C = TypeVar("C", bound=Calibration)
+
+
+def load_calibration(folder: Path, model: type[C]) -> C:
     """Read `calibration.json`. Raises `TierError` if it is missing or malformed."""
     path = folder / CALIBRATION
     if not path.exists():
         raise TierError(f"{folder} is not calibrated: run `nanogpt-env tiers calibrate {folder}`")
     try:
-        return Calibration.model_validate(json.loads(_read(path)))
+        return model.model_validate(json.loads(_read(path)))
     except (ValueError, RecursionError) as error:
         raise TierError(f"{path}: {error}") from None
+
+
+def host_timing_path(tier: str) -> Path:
+    return state_dir() / "timing" / f"{tier}.json"
+
+
+def load_host_timing(tier: str) -> HostTiming | None:
+    """What `tiers time` measured on this host, if it did. Raises `TierError` if the file is malformed."""
+    path = host_timing_path(tier)
+    if not path.exists():
+        return None
+    try:
+        return HostTiming.model_validate_json(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise TierError(f"{path}: {error}; delete it, or run `nanogpt-env tiers time {tier}`") from None
 
 
 def _check_calibration(tier: Tier) -> None:
@@ -244,9 +173,17 @@ def _check_calibration(tier: Tier) -> None:
             f"tier {tier.name}: the boundary was computed for level {c.boundary_level:g} but alpha / submissions "
             f"is {tier.level():g}: {way_out} --recompute"
         )
-    tier.test()
+    tier.trial_fields()
     start, anchor = (tier.value_of(r) for r in (tier.table.reward.start, tier.table.reward.anchor))
     if not start > anchor:
         raise TierError(
-            f"tier {tier.name}: the start record ({start:g}) must need more steps than the anchor ({anchor:g})"
+            f"tier {tier.name}: the start record ({tier.format(start)}) must be slower than the anchor "
+            f"({tier.format(anchor)})"
         )
+
+
+def write_calibration(path: Path, calibration: Calibration | HostTiming) -> None:
+    """In one piece: what is there before or after a crash is whole."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(calibration.model_dump(), indent=1) + "\n")
+    temporary.replace(path)

@@ -64,6 +64,17 @@ class Job(Record):
     limits: Limits
     train_shard: str
     final_shards: tuple[str, ...]
+    cores: tuple[int, ...] = ()
+    """the cores that training code may use; none: all. An update rule's time is counted on all of them"""
+
+
+class Plan(Record):
+    """How far a run of an update rule goes. Training code decides that itself: no plan."""
+
+    steps: int = Field(ge=1)
+    """where the trainer stops"""
+    horizon: int = Field(ge=1)
+    """schedule length that the rule is told"""
 
 
 class StepsJob(Job):
@@ -130,18 +141,33 @@ class Progress(Record):
     evaluating: bool = False
 
 
+class Timing(Record):
+    """A candidate's training time beside the incumbent's, from pairs of runs in one session."""
+
+    ratio: float
+    """its seconds over the incumbent's, geometric mean over the pairs"""
+    bound: float
+    """upper confidence bound of that ratio, at the submission's level: what an acceptance is paid by"""
+    seconds: float
+    """its mean training seconds"""
+
+
 class Verdict(Record):
     """What the agent sees of a verification."""
 
     accepted: bool
-    claim: int
-    """steps that the submission claimed to need"""
-    horizon: int
+    value: float | None
+    """what it counts as: the claim in steps, or a share of the start record's time; None if rejected"""
+    claim: int | None
+    """steps track: the steps that the submission claimed to need"""
+    horizon: int | None
     n: int
-    """reruns that the decision rests on"""
+    """runs of the candidate that the decision rests on"""
     reason: str
     coarse_loss: float | None
-    """mean validation loss of those reruns, rounded to 0.005 nat; None if a rerun did not finish"""
+    """mean validation loss of those runs, rounded to 0.005 nat; None if one did not finish"""
+    time: Timing | None = None
+    """wallclock track: None if the decision came before the last pair"""
     device_seconds: float
     trusted: bool
     submission: str
@@ -149,10 +175,17 @@ class Verdict(Record):
     """true if this is the earlier verdict on the same program, claim and horizon"""
 
 
+Role = Literal["candidate", "incumbent", "warm-up"]
+"""whose run it is in a verification; a warm-up is the incumbent's and does not count"""
+
+
 class Rerun(Record):
     """One verification run in the evidence."""
 
     n: int
+    role: Role = "candidate"
+    session: int = 0
+    """wallclock track: of paired runs, from 1; 0 for runs that are not timed"""
     seed: str
     exit_reason: ExitReason
     detail: str = ""
@@ -160,6 +193,7 @@ class Rerun(Record):
     loss: float | None
     """on the hidden shard"""
     device_seconds: float
+    train_seconds: float
     statistic: float | None = None
     threshold: float | None = None
     """what the statistic had to reach at this look; None where the test could not accept yet"""
@@ -171,13 +205,16 @@ class Evidence(Record):
     submission: str
     tier: str
     snapshot: str
-    source: str
-    claim: int
-    horizon: int
-    test: dict[str, float]
+    sources: dict[str, str]
+    claim: int | None
+    horizon: int | None
+    incumbent: str
+    """what it was timed against: a record or an earlier submission"""
+    tests: dict[str, dict[str, float]]
     reruns: tuple[Rerun, ...]
     accepted: bool
     reason: str
+    time: Timing | None
     z_statistic: float | None
     """(target - mean) * sqrt(n) / sigma, the form of the optimization track's rule (which asks for 3.08): beside
     ours, for comparison; None if a rerun did not complete"""

@@ -33,16 +33,19 @@ def snapshot_hash(files: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def parse_source(source: str) -> ast.Module:
+def parse_source(source: str, name: str) -> ast.Module:
     """The syntax tree, without Python's warnings about literals such as "\\d"."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ast.parse(source, "optimizer.py")
+        return ast.parse(source, name)
 
 
-def normal_form(source: str) -> str:
+def normal_form(sources: Mapping[str, str]) -> str:
     """Hash of a program without comments, layout and docstrings: equal for equal programs."""
-    tree = parse_source(source)
+    return snapshot_hash({name: _normal_form(parse_source(text, name)) for name, text in sources.items()})
+
+
+def _normal_form(tree: ast.Module) -> str:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             body = node.body

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,10 @@ class LocalBackend:
             if self.warm:
                 self._spare = LocalRun(job.track, self.sandbox, self.hidden)
             return run
+
+    def exclusive(self, on_wait: Callable[[], None] = lambda: None) -> contextlib.AbstractContextManager[None]:
+        """Nothing to wait for: runs take no turns here (`Queued` adds that)."""
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         with self._lock:

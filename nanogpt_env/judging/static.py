@@ -1,4 +1,4 @@
-"""The static judge: syntax, imports, calls and literals of an update rule. Rules in judges/static."""
+"""The static judge: syntax, imports, calls and literals of a candidate's files. Rules in judges/static."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ from nanogpt_env.types import Record
 from nanogpt_env.workspace import parse_source
 
 
+class FileRules(Record):
+    """What holds for one kind of file, beside the rules for all."""
+
+    imports: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    """functions that it must define"""
+
+
 class Rules(Record):
     """`judges/static/judge.toml`."""
 
     kind: Literal["static"]
     imports: tuple[str, ...]
+    files: dict[str, FileRules]
     denied_imports: tuple[str, ...]
     denied_calls: tuple[str, ...]
     max_text_literal: int
@@ -35,12 +44,12 @@ def static_rules() -> Rules:
     return Rules(**tomllib.loads(text))
 
 
-def judge_source(source: str, rules: Rules | None = None) -> list[str]:
-    """Reasons to refuse an optimizer.py, each with its line; empty if there are none. Runs no code."""
+def judge_source(source: str, name: str, rules: Rules | None = None) -> list[str]:
+    """Reasons to refuse the file `name`, each with its line; empty if there are none. Runs no code."""
     rules = rules or static_rules()
     try:
         # the grammar first: a warning about a literal is no reason to refuse
-        tree = parse_source(source)
+        tree = parse_source(source, name)
     except SyntaxError as error:
         return [f"line {error.lineno or 1}, column {error.offset or 1}: {error.msg}"]
     except (ValueError, RecursionError, MemoryError) as error:
@@ -53,26 +62,25 @@ def judge_source(source: str, rules: Rules | None = None) -> list[str]:
     if level:
         line = next((n.lineno for n in level if isinstance(n, (ast.expr, ast.stmt))), 1)
         return [f"line {line}: nested more than {rules.max_depth} deep"]
-    found = [f"line {getattr(n, 'lineno', 0)}: {reason}" for n in nodes for reason in _judge_node(n, rules)]
-    if not any(isinstance(n, ast.FunctionDef) and n.name == "configure" for n in tree.body):
-        found.append("optimizer.py must define configure(params, horizon)")
-    return found
+    found = [f"line {getattr(n, 'lineno', 0)}: {reason}" for n in nodes for reason in _judge_node(n, rules, name)]
+    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    return found + [f"{name} must define {need}" for need in rules.files[name].needs if need not in defined]
 
 
-def _judge_node(node: ast.AST, rules: Rules) -> Iterator[str]:
+def _judge_node(node: ast.AST, rules: Rules, file: str) -> Iterator[str]:
     if isinstance(node, ast.Import):
         for alias in node.names:
-            yield from _judge_import(alias.name, rules)
+            yield from _judge_import(alias.name, rules, file)
     elif isinstance(node, ast.ImportFrom):
         for alias in node.names:
-            yield from _judge_import(f"{'.' * node.level}{node.module or ''}.{alias.name}", rules)
+            yield from _judge_import(f"{'.' * node.level}{node.module or ''}.{alias.name}", rules, file)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.func.id in rules.denied_calls:
-            yield f"an update rule may not call {node.func.id}"
+            yield f"a candidate may not call {node.func.id}"
     elif isinstance(node, ast.Attribute):
         dotted = _dotted(node)
         if dotted in rules.denied_imports:  # what is below it has this node in it
-            yield f"an update rule may not use {dotted}"
+            yield f"a candidate may not use {dotted}"
     elif isinstance(node, ast.Constant):
         yield from _judge_constant(node.value, rules)
     elif isinstance(node, (ast.List, ast.Tuple, ast.Set)) and len(node.elts) > rules.max_row:
@@ -85,11 +93,12 @@ def _judge_node(node: ast.AST, rules: Rules) -> Iterator[str]:
             yield f"identifiers must be ASCII: {name!a}"
 
 
-def _judge_import(name: str, rules: Rules) -> Iterator[str]:
-    allowed = any(name == m or name.startswith(m + ".") for m in rules.imports)
+def _judge_import(name: str, rules: Rules, file: str) -> Iterator[str]:
+    imports = rules.imports + rules.files[file].imports
+    allowed = any(name == m or name.startswith(m + ".") for m in imports)
     denied = any(name == m or name.startswith(m + ".") for m in rules.denied_imports)
     if denied or not allowed:
-        yield f"may not import {name}; allowed: {', '.join(rules.imports)}"
+        yield f"may not import {name}; allowed: {', '.join(imports)}"
 
 
 def _judge_constant(value: object, rules: Rules) -> Iterator[str]:

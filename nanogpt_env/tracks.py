@@ -1,0 +1,309 @@
+"""What a tier is, on each of the two tracks: its programs, jobs, tests and values."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+
+from nanogpt_env.content import cache_dir, content_root
+from nanogpt_env.errors import ActionError, TierError
+from nanogpt_env.stats import SequentialTest
+from nanogpt_env.tables import (
+    Calibration,
+    HostTiming,
+    HumanRecord,
+    StepsCalibration,
+    StepsRecord,
+    StepsTable,
+    TierTable,
+    WallclockCalibration,
+    WallclockTable,
+)
+from nanogpt_env.timing import PairTest
+from nanogpt_env.trials import LossTrial, TimeTrial, Trial
+from nanogpt_env.types import Job, Limits, Plan, StepsJob, WallclockJob
+
+
+class Tier(BaseModel, abc.ABC):
+    """A tier ready for use. `calibration` is None only when loaded for calibration."""
+
+    model_config = {"frozen": True}
+    files: ClassVar[tuple[str, ...]]
+    """what a candidate consists of"""
+    unit: ClassVar[str]
+    """of values"""
+
+    folder: Path
+    table: TierTable
+    records: Mapping[str, HumanRecord]
+    """by name, in the order of the ladder"""
+    task: str
+    calibration: Calibration | None
+
+    @property
+    def name(self) -> str:
+        return self.table.name
+
+    @property
+    @abc.abstractmethod
+    def measured(self) -> Calibration:
+        """Raises `TierError` if the tier was loaded without its calibration."""
+
+    @abc.abstractmethod
+    def value_of(self, record: str) -> float:
+        """What a record counts as, in `unit`. Raises `TierError` unless that was measured."""
+
+    @abc.abstractmethod
+    def job(self, sources: Mapping[str, str], plan: Plan | None, seed: str, shards: tuple[str, ...]) -> Job:
+        """The training job of a run; `shards` are evaluated at its end."""
+
+    @abc.abstractmethod
+    def plan(self, horizon: int | None, steps: int | None) -> Plan | None:
+        """A run's plan from what the agent gave. Raises `ActionError` if it makes no sense on this tier."""
+
+    @abc.abstractmethod
+    def most(self, plan: Plan | None) -> dict[str, float]:
+        """The FLOPs and tokens that a run may use."""
+
+    @abc.abstractmethod
+    def trial(self, plan: Plan | None, incumbent: float) -> Trial:
+        """The verification of a program; `incumbent`: the value of the best verified one so far."""
+
+    @abc.abstractmethod
+    def trial_fields(self) -> dict[str, dict[str, float]]:
+        """Constants of the trial's tests, for ledger and evidence."""
+
+    @abc.abstractmethod
+    def _trained(self) -> dict[str, Any]:
+        """The tables that a record's losses depend on, beside model and data."""
+
+    def format(self, value: float) -> str:
+        return f"{value:.4g} {self.unit}"
+
+    def record(self, name: str) -> HumanRecord:
+        if name not in self.records:
+            raise TierError(f"tier {self.name} has no record {name!r}; it has {', '.join(self.records)}")
+        return self.records[name]
+
+    def level(self) -> float:
+        """Level of one submission: the episode's, spent evenly over its submissions."""
+        return self.table.verification.alpha / self.table.budget.submissions
+
+    def loss_test(self) -> SequentialTest:
+        v, c = self.table.verification, self.measured
+        return SequentialTest.for_tier(self.table.training.target, c.sigma, self.level(), v.n_min, v.n_max, c.boundary)
+
+    def limits(self) -> Limits:
+        t = self.table.limits
+        return Limits(deadline_s=t.deadline_s, setup_s=t.setup_s, stall_s=t.stall_s, memory_bytes=t.memory_mib << 20)
+
+    def corpus_folder(self) -> Path:
+        beside = self.folder / self.table.data.corpus
+        return beside if beside.is_dir() else content_root() / "gpu_backend" / "corpora" / self.table.data.corpus
+
+    def flops_per_token(self) -> int:
+        """Forward and backward: 6 N_mm + 12 L d T at the full length T; a test holds it to the trainer's."""
+        m = self.table.model
+        matmul_weights = m.layers * 12 * m.width**2 + m.vocab_size * m.width
+        return 6 * matmul_weights + 12 * m.layers * m.width * m.seq_len
+
+    def _job_fields(self, seed: str, shards: tuple[str, ...]) -> dict[str, Any]:
+        return {
+            "model": self.table.model.model_dump(),
+            "corpus": str(self.corpus_folder()),
+            "cache": str(cache_dir()),
+            "seed": seed,
+            "limits": self.limits(),
+            "train_shard": self.table.data.train,
+            "final_shards": shards,
+        }
+
+    def trained(self) -> str:
+        """Hash of all that a record's losses depend on."""
+        content = {
+            "model": self.table.model.model_dump(), "data": self.table.data.model_dump(), **self._trained(),
+        }  # fmt: skip
+        return _digest(json.dumps(content, sort_keys=True) + self.manifest())
+
+    def manifest(self) -> str:
+        """The corpus's manifest, which has the hash of every shard. Raises `TierError` if it cannot be read."""
+        path = self.corpus_folder() / "manifest.json"
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TierError(f"cannot read {path}: {error}") from None
+
+    def fingerprint(self) -> str:
+        """Hash of all that the calibration depends on."""
+        t = self.table
+        content = {
+            "trained": self.trained(),
+            "target": t.training.target,
+            "verification": t.verification.model_dump(exclude={"slots"}),
+            "valued": [t.reward.start, t.reward.anchor],
+        }
+        return _digest(json.dumps(content, sort_keys=True))
+
+    def _not_calibrated(self) -> TierError:
+        return TierError(f"tier {self.name} was loaded without its calibration")
+
+
+class StepsTier(Tier):
+    """The candidate is an update rule; it counts as the steps that it needs."""
+
+    files = ("optimizer.py",)
+    unit = "steps"
+
+    table: StepsTable
+    records: Mapping[str, StepsRecord]
+    calibration: StepsCalibration | None
+
+    @property
+    def measured(self) -> StepsCalibration:
+        if self.calibration is None:
+            raise self._not_calibrated()
+        return self.calibration
+
+    def record(self, name: str) -> StepsRecord:
+        super().record(name)
+        return self.records[name]
+
+    def value_of(self, record: str) -> float:
+        row = self.measured.records.get(self.record(record).name)
+        if row is None or row.value is None:
+            valued = [n for n, r in self.measured.records.items() if r.value is not None]
+            raise TierError(
+                f"record {record!r} of tier {self.name} has no measured value; choose one of {', '.join(valued)}, "
+                f"or value it: nanogpt-env tiers calibrate {self.folder} --value {record}"
+            )
+        return row.value
+
+    def plan(self, horizon: int | None, steps: int | None) -> Plan:
+        horizon = horizon or steps or self.record(self.table.reward.start).horizon
+        steps, most = steps or horizon, self.table.training.max_horizon
+        if not 1 <= steps <= horizon <= most:
+            raise ActionError(f"need 1 <= steps <= horizon <= {most}, got {steps} steps of horizon {horizon}")
+        return Plan(steps=steps, horizon=horizon)
+
+    def most(self, plan: Plan | None) -> dict[str, float]:
+        assert plan is not None
+        tokens = plan.steps * self.tokens_per_step()
+        return {"flops": float(tokens * self.flops_per_token()), "tokens": float(tokens)}
+
+    def trial(self, plan: Plan | None, incumbent: float) -> Trial:
+        assert plan is not None
+        return LossTrial(self.loss_test(), plan.steps)
+
+    def trial_fields(self) -> dict[str, dict[str, float]]:
+        return {"loss": _fields(self.loss_test())}
+
+    def job(self, sources: Mapping[str, str], plan: Plan | None, seed: str, shards: tuple[str, ...]) -> StepsJob:
+        """The first shard is evaluated at the points too."""
+        assert plan is not None
+        training = self.table.training
+        return StepsJob(
+            **self._job_fields(seed, shards),
+            source=sources[self.files[0]],
+            batch_size=training.batch_size,
+            steps=plan.steps,
+            horizon=plan.horizon,
+            points=tuple(sorted({max(1, round(p * plan.horizon)) for p in training.points})),
+            point_tokens=training.point_tokens,
+        )
+
+    def limits(self) -> Limits:
+        return super().limits().model_copy(update={"rule_time": self.table.limits.rule_time})
+
+    def tokens_per_step(self) -> int:
+        return self.table.training.batch_size * self.table.model.seq_len
+
+    def _trained(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.table.training.batch_size,
+            "records": {r.name: [r.horizon, r.sources[self.files[0]]] for r in self.records.values()},
+        }
+
+
+class WallclockTier(Tier):
+    """The candidate is training code; it counts as its time's share of the start record's."""
+
+    files = ("train.py",)
+    unit = "of the start's time"
+
+    table: WallclockTable
+    calibration: WallclockCalibration | None
+    host: HostTiming | None = None
+    """measured on this host; otherwise the calibration's is used"""
+
+    @property
+    def measured(self) -> WallclockCalibration:
+        if self.calibration is None:
+            raise self._not_calibrated()
+        return self.calibration
+
+    @property
+    def timing(self) -> HostTiming:
+        """This host's, unless the tier has changed since; else that of the host where the tier was calibrated."""
+        measured = self.measured
+        return self.host if self.host and self.host.fingerprint == measured.fingerprint else measured.timing
+
+    def value_of(self, record: str) -> float:
+        """As verification would pay it, submitted against the start record: the ratio of times that is measured, times
+        exp(half width of the bound), since only what is shown is paid."""
+        if self.record(record).name == self.table.reward.start:
+            return 1.0
+        return math.exp(self.timing.log_ratios[record] + self.pair_test().half_width)
+
+    def plan(self, horizon: int | None, steps: int | None) -> None:
+        if horizon is not None or steps is not None:
+            raise ActionError(
+                f"{self.name} is a wallclock tier: {self.files[0]} itself decides how long it trains, so steps, "
+                "horizon and claim are left out"
+            )
+
+    def most(self, plan: Plan | None) -> dict[str, float]:
+        tokens = self.table.training.tokens
+        return {"flops": float(tokens * self.flops_per_token()), "tokens": float(tokens)}
+
+    def trial(self, plan: Plan | None, incumbent: float) -> Trial:
+        return TimeTrial(self.loss_test(), self.pair_test(), incumbent)
+
+    def trial_fields(self) -> dict[str, dict[str, float]]:
+        return {"loss": _fields(self.loss_test()), "pairs": _fields(self.pair_test())}
+
+    def pair_test(self) -> PairTest:
+        v = self.table.verification
+        return PairTest(pairs=v.pairs, level=self.level(), floor=self.timing.pair_sd, drift=v.drift)
+
+    def job(self, sources: Mapping[str, str], plan: Plan | None, seed: str, shards: tuple[str, ...]) -> WallclockJob:
+        training = self.table.training
+        return WallclockJob(
+            **self._job_fields(seed, shards),
+            sources=dict(sources),
+            tokens=training.tokens,
+            max_batch_tokens=training.max_batch_tokens,
+        )
+
+    def _trained(self) -> dict[str, Any]:
+        training = self.table.training
+        return {
+            "tokens": training.tokens,
+            "max_batch_tokens": training.max_batch_tokens,
+            "records": {r.name: r.sources for r in self.records.values()},
+        }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fields(test: SequentialTest | PairTest) -> dict[str, float]:
+    return {f.name: float(getattr(test, f.name)) for f in dataclasses.fields(test)}

@@ -1,0 +1,191 @@
+"""What to run next in a verification, and what it says: the rules, without the running. Pure state; `verify.py` feeds
+it with runs, `replay.py` with the lines of a ledger."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from nanogpt_env.stats import SequentialTest
+from nanogpt_env.timing import PairDecision, PairTest, order
+from nanogpt_env.types import Role, Timing
+
+MAX_SESSIONS = 3
+"""A session of pairs whose incumbent drifted is repeated; after this many the host is too unsteady to say."""
+
+Outcome = Literal["continue", "accept", "reject", "void"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The run that is wanted next. `session` is 0 for a run that nothing is timed against."""
+
+    role: Role
+    session: int = 0
+
+
+class Trial(Protocol):
+    """One verification. Ask `turn`, run it, `add` what came of it, until `outcome` is a decision."""
+
+    losses: list[float]
+    """hidden losses of the candidate's runs that the loss test looked at; inf for a run that did not complete"""
+
+    @property
+    def outcome(self) -> Outcome: ...
+
+    @property
+    def reason(self) -> str:
+        """For the operator."""
+
+    @property
+    def shown(self) -> str:
+        """For the agent, in fixed words: what an acceptance says."""
+
+    @property
+    def not_shown(self) -> str:
+        """For the agent, in fixed words: what a rejection says."""
+
+    @property
+    def parallel(self) -> bool:
+        """Whether further turns, all alike, may be taken before this one's result is known."""
+
+    @property
+    def timing(self) -> Timing | None: ...
+
+    def turn(self) -> Turn: ...
+
+    def add(self, turn: Turn, loss: float, seconds: float) -> None:
+        """`loss` is inf, `seconds` anything, if the run did not complete."""
+
+    def value(self) -> float:
+        """What the program counts as, once accepted."""
+
+
+@dataclass
+class LossTrial:
+    """Steps track: does the mean loss at the claim lie below the target?"""
+
+    test: SequentialTest
+    claim: float
+    losses: list[float] = field(default_factory=list)
+    parallel = True
+    timing = None
+    shown = "the reruns' mean loss is below the target"
+    not_shown = "the reruns do not show a mean loss below the target"
+
+    @property
+    def outcome(self) -> Outcome:
+        return self.test.decide(self.losses).outcome
+
+    @property
+    def reason(self) -> str:
+        return self.test.decide(self.losses).reason
+
+    def turn(self) -> Turn:
+        return Turn("candidate")
+
+    def add(self, turn: Turn, loss: float, seconds: float) -> None:
+        self.losses.append(loss)
+
+    def value(self) -> float:
+        return self.claim
+
+
+@dataclass
+class TimeTrial:
+    """Wallclock track: is it faster than the incumbent, whose value is `incumbent_value`, and does its mean loss lie
+    below the target? Each has a test of its own at the submission's level, and both must hold.
+
+    The paired runs of the candidate serve both. Where they leave the loss open, further runs of the candidate alone
+    decide it. A void session says nothing on time; the losses of its runs count.
+    """
+
+    loss_test: SequentialTest
+    pair_test: PairTest
+    incumbent_value: float
+    losses: list[float] = field(default_factory=list)
+    session: int = 1
+    _warm: bool = False
+    _candidate: list[float] = field(default_factory=list)
+    _incumbent: list[float] = field(default_factory=list)
+    _time: PairDecision | None = None
+    _hopeless: str = ""
+
+    @property
+    def shown(self) -> str:
+        return "the runs' mean loss is below the target, and they are faster than the incumbent's"
+
+    @property
+    def not_shown(self) -> str:
+        if self.loss_test.decide(self.losses).outcome == "reject":
+            return "the runs do not show a mean loss below the target"
+        return "the paired runs do not show that it is faster than the incumbent"
+
+    @property
+    def parallel(self) -> bool:
+        return self._time is not None
+
+    @property
+    def outcome(self) -> Outcome:
+        loss = self.loss_test.decide(self.losses).outcome
+        if loss == "reject" or self._hopeless:
+            return "reject"
+        if self.session > MAX_SESSIONS:
+            return "void"
+        if self._time is None:
+            return "continue"
+        return loss if self._time.faster else "reject"
+
+    @property
+    def reason(self) -> str:
+        loss = self.loss_test.decide(self.losses)
+        if self.session > MAX_SESSIONS:
+            return f"the incumbent's times moved too much in {MAX_SESSIONS} sessions"
+        if loss.outcome == "reject" or (self._time and self._time.faster):
+            return loss.reason
+        return self._hopeless or (self._time.reason if self._time else loss.reason)
+
+    @property
+    def timing(self) -> Timing | None:
+        if self._time is None:
+            return None
+        mean = math.fsum(self._candidate) / len(self._candidate)
+        return Timing(ratio=math.exp(self._time.log_ratio), bound=math.exp(self._time.upper), seconds=mean)
+
+    def turn(self) -> Turn:
+        if self._time is not None:
+            return Turn("candidate")
+        if not self._warm:  # a cold first run would be the incumbent's
+            return Turn("warm-up", self.session)
+        ours, theirs = len(self._candidate), len(self._incumbent)
+        candidates_turn = order(self.pair_test.pairs)[min(ours, theirs)][int(ours != theirs)]
+        return Turn("candidate" if candidates_turn else "incumbent", self.session)
+
+    def add(self, turn: Turn, loss: float, seconds: float) -> None:
+        if turn.role == "candidate" and self.loss_test.decide(self.losses).outcome == "continue":
+            self.losses.append(loss)
+        if turn.role == "warm-up":
+            self._warm = True
+        elif turn.session and self.outcome == "continue":
+            (self._candidate if turn.role == "candidate" else self._incumbent).append(seconds)
+            self._look()
+
+    def _look(self) -> None:
+        pairs = len(self._candidate)
+        if pairs != len(self._incumbent):
+            return
+        if pairs < self.pair_test.pairs:
+            if self.pair_test.hopeless(self._candidate, self._incumbent):
+                self._hopeless = f"not faster: given up after {pairs} of {self.pair_test.pairs} pairs"
+            return
+        decision = self.pair_test.decide(self._candidate, self._incumbent)
+        if decision.void:
+            self.session, self._warm = self.session + 1, False
+            self._candidate, self._incumbent = [], []
+        else:
+            self._time = decision
+
+    def value(self) -> float:
+        assert self._time is not None
+        return self.incumbent_value * self._time.ratio
