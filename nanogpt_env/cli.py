@@ -334,9 +334,9 @@ def play(
 def _picture(folder: Path, tier: Tier, runs: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> str:
     from nanogpt_env import plots
 
-    path = folder / f"{tier.name}-loss-curves.png"
+    path = folder / f"{tier.name}-episode.png"
     try:
-        plots.loss_curves(path, tier, runs, verdicts)
+        plots.episode(path, tier, runs, verdicts)
     except ImportError:
         errors.print("no picture: it needs matplotlib (pip install 'nanogpt_env[plot]')", markup=False)
         return ""

@@ -16,6 +16,7 @@ from nanogpt_env import report
 from nanogpt_env.backends import Backend
 from nanogpt_env.backends.local import LocalBackend
 from nanogpt_env.backends.queued import Queued
+from nanogpt_env.backends.shared import Shared
 from nanogpt_env.budget import METERS, Budget
 from nanogpt_env.content import state_dir
 from nanogpt_env.episode import AgentRun, Episode
@@ -75,7 +76,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         self._state_dir = state_dir
         if backend is None:
             local = LocalBackend(sandbox, warm=True, hidden=(self.tier.folder, self.tier.corpus_folder()))
-            backend = Queued(local, owner=uuid.uuid4().hex[:8])
+            backend = Shared(Queued(local, owner=uuid.uuid4().hex[:8]), sandbox)
         self._backend: Backend = backend
         # a fork shares both and closes neither; after a reset it has an episode of its own
         self._owns_backend = self._owns_episode = True

@@ -4,6 +4,7 @@ so that neither a restore nor a fork gives anything back."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -16,6 +17,7 @@ from typing import Any
 from nanogpt_env import scoring
 from nanogpt_env.actions import MAX_SEED
 from nanogpt_env.backends import Backend, RunHandle
+from nanogpt_env.backends.shared import host_secret
 from nanogpt_env.budget import RUN_METERS, Budget, Reservation
 from nanogpt_env.claims import ClaimAdvice, advise
 from nanogpt_env.errors import ActionError, BackendError, BudgetError, JudgeError, LedgerError
@@ -111,7 +113,7 @@ class Episode:
         seconds = min(self.tier.table.limits.deadline_s, self.budget.left("device_seconds"))
         if seconds < MIN_RUN_SECONDS:
             raise BudgetError("device_seconds: spent; you can still submit")
-        seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
+        seed = self._next_seed(program, plan) if seed is None else seed
         job = self.tier.job(sources, plan, f"agent/{seed}", (self.tier.table.data.public,))
         job = job.model_copy(update={"limits": job.limits.model_copy(update={"deadline_s": seconds})})
         amounts = {"device_seconds": seconds, **self.tier.most(plan), "runs": 1.0}
@@ -119,13 +121,22 @@ class Episode:
         handle = f"run-{len(self.runs) + 1}"
         try:
             self.ledger.append("reserve", handle=handle, amounts=amounts)
-            process = self.backend.start(job)
+            process = self.backend.start(job, share=True)
         except BaseException:
             self._settle(handle, reservation, {})
             raise
         run = AgentRun(handle, program, snapshot, plan, seed, process, reservation)
         self.runs[handle] = run
         return run
+
+    def _next_seed(self, program: str, plan: Plan | None) -> int:
+        """Secret, new for each run of a program in an episode, and the same in all episodes on this host, so that they
+        can share it."""
+        before = sum(r.program == program and r.plan == plan for r in self.runs.values())
+        digest = hashlib.sha256(
+            f"{self.tier.fingerprint()} {program} {plan} {before}".encode() + host_secret()
+        ).digest()
+        return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
 
     def wait(self, run: AgentRun, on_progress: OnProgress) -> None:
         """Wait for a run. Interrupted (Ctrl-C), it cancels and charges the run before it gives way."""

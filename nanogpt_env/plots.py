@@ -6,49 +6,79 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nanogpt_env.tracks import Tier
+from nanogpt_env.tracks import StepsTier, Tier
 
 SMOOTHING = 10  # steps averaged in the training curves
 
 
-def loss_curves(path: Path, tier: Tier, runs: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> None:
-    """Training loss (smoothed) and validation points of every run, the target, and the verdicts' claims.
+def episode(path: Path, tier: Tier, runs: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> None:
+    """What happened in an episode: losses of the runs over steps or seconds, the target, and the verdicts.
 
     Raises ImportError without matplotlib, OSError if `path` cannot be written.
     """
     import matplotlib.figure
-    import numpy as np
 
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
+    target = tier.table.training.target
+    axes.axhline(target, color="black", linestyle="--", linewidth=1, label=f"target {target:g}")
+    if isinstance(tier, StepsTier):
+        ends = _loss_curves(axes, tier, runs, verdicts)
+    else:
+        ends = _losses_over_time(axes, tier, runs, verdicts)
+    ends = [loss for loss in ends if math.isfinite(loss)]
+    if ends:
+        axes.set_ylim(min([*ends, target]) - 0.05, max([*ends, target]) + 0.3)
+    axes.set_ylabel("loss, nats per token")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _loss_curves(axes: Any, tier: Tier, runs: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> list[float]:
+    """Training loss (smoothed) and validation points of every run, and the verdicts' claims; returns the losses that
+    are to be seen: the interesting part is the end of the runs."""
+    import numpy as np
+
+    ends = []
     for i, run in enumerate(runs):
-        colour = f"C{i}"
         losses = np.array(run["train_losses"])
         if len(losses) >= SMOOTHING:
             smooth = np.convolve(losses, np.ones(SMOOTHING) / SMOOTHING, mode="valid")
-            axes.plot(np.arange(SMOOTHING, len(losses) + 1), smooth, color=colour, alpha=0.35, linewidth=1)
+            axes.plot(np.arange(SMOOTHING, len(losses) + 1), smooth, color=f"C{i}", alpha=0.35, linewidth=1)
         if points := whole_shard(run, tier.table.data.public):
-            steps, values = zip(*points, strict=True)
-            axes.plot(
-                steps, values, "o-", color=colour, markersize=3, label=f"{run['handle']}, horizon {run['horizon']}"
-            )
-    target = tier.table.training.target
-    axes.axhline(target, color="black", linestyle="--", linewidth=1, label=f"target {target:g}")
+            label = f"{run['handle']}, horizon {run['horizon']}"
+            axes.plot(*zip(*points, strict=True), "o-", color=f"C{i}", markersize=3, label=label)
+            ends += [loss for _, loss in points]
     for verdict in verdicts:
-        mark, label = ("^", "accepted") if verdict["accepted"] else ("x", "rejected")
-        colour = "green" if verdict["accepted"] else "red"
-        axes.plot(verdict["claim"], target, mark, color=colour, label=f"claim {verdict['claim']}, {label}")
-        at = (verdict["claim"], target)
-        axes.annotate(str(verdict["claim"]), at, (0, -14), textcoords="offset points", ha="center", fontsize=8)
-    # the interesting part is the end of the runs
-    ends = [loss for run in runs for _, loss in whole_shard(run, tier.table.data.public) if math.isfinite(loss)]
-    if ends:
-        axes.set_ylim(min([*ends, target]) - 0.05, max(ends) + 0.3)
+        at = (verdict["claim"], tier.table.training.target)
+        _mark(axes, at, verdict["accepted"], f"claim {verdict['claim']}", str(verdict["claim"]))
     axes.set_xlabel("steps")
-    axes.set_ylabel("loss, nats per token")
     axes.set_title(f"{tier.name}: one episode (validation; pale: training)")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    return ends
+
+
+def _losses_over_time(axes: Any, tier: Tier, runs: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> list[float]:
+    """Final validation loss of every run over its training seconds, and of the verdicts that got as far as a time."""
+    ends = []
+    for i, run in enumerate(runs):
+        if (loss := run["val_losses"].get(tier.table.data.public)) is not None:
+            axes.plot(run["train_seconds"], loss, "o", color=f"C{i}", markersize=6, label=run["handle"])
+            ends.append(loss)
+    for verdict in verdicts:
+        if verdict["time"] and verdict["coarse_loss"] is not None:
+            at = (verdict["time"]["seconds"], verdict["coarse_loss"])
+            _mark(axes, at, verdict["accepted"], verdict["submission"], verdict["submission"])
+            ends.append(verdict["coarse_loss"])
+    axes.set_xlim(left=0)
+    axes.set_xlabel("training seconds")
+    axes.set_title(f"{tier.name}: one episode (runs: public shard; submissions: hidden shard)")
+    return ends
+
+
+def _mark(axes: Any, at: tuple[float, float], accepted: bool, name: str, note: str) -> None:
+    mark, label, colour = ("^", "accepted", "green") if accepted else ("x", "rejected", "red")
+    axes.plot(*at, mark, color=colour, label=f"{name}, {label}")
+    axes.annotate(note, at, (0, -14), textcoords="offset points", ha="center", fontsize=8)
 
 
 def whole_shard(run: dict[str, Any], shard: str) -> list[tuple[int, float]]:

@@ -95,8 +95,8 @@ def _check_verdict(name: str, line: dict[str, Any], trial: Trial, offer: dict[st
     if trial.outcome != recorded:
         mine_is = "undecided" if trial.outcome == "continue" else f"{trial.outcome}ed"
         return [f"{name}: recorded {recorded}ed, recomputed {mine_is} after {n} rerun(s)"]
-    mine = {"claim": offer["claim"], "horizon": offer["horizon"], "n": n}
-    return _differences(name, line, mine | ({"value": trial.value()} if line["accepted"] else {}))
+    value = trial.value() if line["accepted"] else None
+    return _differences(name, line, {"claim": offer["claim"], "horizon": offer["horizon"], "n": n, "value": value})
 
 
 def _differences(name: str, line: dict[str, Any], mine: dict[str, float | None]) -> list[str]:

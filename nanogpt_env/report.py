@@ -19,6 +19,8 @@ def run_text(run: AgentRun, shard: str) -> str:
     r = run.result
     how_far = f"{r.steps} of {run.plan.steps} steps, horizon {run.plan.horizon}" if run.plan else f"{r.steps} batches"
     lines = [f"{run.handle}: {r.exit_reason}, {how_far}"]
+    if r.shared:
+        lines.append("  trained before for an identical run on this host, charged alike")
     if r.detail:
         lines.append(f"  {r.detail}")
     if r.val_losses:

@@ -123,6 +123,8 @@ class RunResult(Record):
     trainer_peak_bytes: int = 0
     candidate_peak_bytes: int = 0
     log: str = ""
+    shared: bool = False
+    """true if it was trained for another request of an identical run"""
     sandbox: SandboxInfo
     versions: dict[str, str] = {}
     hardware: dict[str, Any] = {}

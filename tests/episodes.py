@@ -10,11 +10,11 @@ from nanogpt_env.tiers import load_tier
 
 TIER = load_tier(TINY)
 START, ANCHOR = TIER.value_of("slow"), TIER.value_of("fast")
-SLOW, FAST = (TIER.records[name].source for name in ("slow", "fast"))
-ACCEPTED_N = TIER.test().decide([4.5] * 6).n
+SLOW, FAST = (TIER.records[name].sources["optimizer.py"] for name in ("slow", "fast"))
+ACCEPTED_N = TIER.loss_test().decide([4.5] * 6).n
 CLAIM = Submit(claim=60, horizon=60)
 INFO = {
-    "episode", "ledger", "snapshot", "best_steps", "recovered", "budget", "verification_device_seconds", "running",
+    "episode", "ledger", "snapshot", "best", "recovered", "budget", "verification_device_seconds", "running",
 }  # fmt: skip
 
 
@@ -27,6 +27,9 @@ class NoTraining:
 
     def start(self, job):
         raise AssertionError(f"a run was started: {job.steps} steps")
+
+    def exclusive(self, on_wait=lambda: None):
+        raise AssertionError("the whole machine was asked for")
 
     def close(self):
         pass
@@ -53,5 +56,5 @@ def lines(env, kind):
     return [line for line in read_ledger(env.episode.ledger.path)[0] if line["kind"] == kind]
 
 
-def interrupt(n, handle):
+def interrupt(what, handle):
     raise KeyboardInterrupt

@@ -1,5 +1,7 @@
 """A scripted backend: the units under test are sequencing and accounts, so no training is needed."""
 
+import contextlib
+
 from nanogpt_env.errors import BackendError
 from nanogpt_env.types import Progress, RunResult, SandboxInfo
 
@@ -65,6 +67,7 @@ class FakeBackend:
         self.script, self.hold = script, set(hold)
         self.runs = []
         self.most_at_once = 0
+        self.sessions = 0
         self.closed = 0
 
     @property
@@ -79,6 +82,10 @@ class FakeBackend:
         outcome = self.script(job, number)
         run.outcome = ran(job, outcome) if isinstance(outcome, float) else outcome
         return run
+
+    def exclusive(self, on_wait=lambda: None):
+        self.sessions += 1
+        return contextlib.nullcontext()
 
     def close(self):
         self.closed += 1

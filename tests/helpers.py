@@ -7,18 +7,19 @@ from pathlib import Path
 from nanogpt_env.content import content_root
 from nanogpt_env.tables import (
     BudgetTable,
-    Calibration,
     Data,
-    HumanRecord,
     Model,
-    RecordCalibration,
     Reward,
+    StepsCalibration,
     StepsLimits,
+    StepsRecord,
+    StepsRecordCalibration,
     StepsTable,
     StepsTraining,
     Verification,
 )
-from nanogpt_env.tiers import CALIBRATION, Tier, load_tier
+from nanogpt_env.tiers import CALIBRATION, load_tier
+from nanogpt_env.tracks import StepsTier
 from nanogpt_env.types import RunResult, SandboxInfo
 
 LEVEL = 0.01 / 8
@@ -30,7 +31,7 @@ START, ANCHOR = 266.0, 141.0
 
 
 def record_calibration(value=None, steps=200.0):
-    return RecordCalibration(
+    return StepsRecordCalibration(
         steps_mean=steps, steps_sd=3.0, steps_n=4, value=value, value_error=None, claim=round(steps) + 20, loss_sd=SIGMA
     )
 
@@ -51,7 +52,7 @@ def calibration(fingerprint="none", names=("adamw", "normuon"), **changes):
         "power": {},
         "evidence": {},
     }
-    return Calibration(**(fields | changes))
+    return StepsCalibration(**(fields | changes))
 
 
 def make_tier(**changes):
@@ -75,10 +76,18 @@ def make_tier(**changes):
         reward=Reward(start="adamw", anchor="normuon"),
     )
     records = {
-        name: HumanRecord(name=name, technique=name, horizon=300, order=i, source="def configure(params, horizon): ...")
+        name: StepsRecord(
+            name=name,
+            technique=name,
+            horizon=300,
+            order=i,
+            sources={"optimizer.py": "def configure(params, horizon): ..."},
+        )
         for i, name in enumerate(("adamw", "normuon"))
     }
-    return Tier(folder=Path("nowhere"), table=table, records=records, task="Train.", calibration=calibration(**changes))
+    return StepsTier(
+        folder=Path("nowhere"), table=table, records=records, task="Train.", calibration=calibration(**changes)
+    )
 
 
 def make_run(points, shift=0.0, final=None, shard="val_public"):

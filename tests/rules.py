@@ -1,5 +1,7 @@
 """Update rules as text, and one real run of them."""
 
+from nanogpt_env.types import Plan
+
 SGD = """
 import torch
 def configure(params, horizon):
@@ -7,8 +9,13 @@ def configure(params, horizon):
 """
 
 
+def rule_job(tier, source, steps, seed="1", horizon=None, shards=("val_public",)):
+    plan = Plan(steps=steps, horizon=horizon or steps)
+    return tier.job({"optimizer.py": source}, plan, seed, shards)
+
+
 def train(backend, tier, source, steps=8, seed="1", horizon=None, shards=("val_public",), **limits):
-    job = tier.job(source, steps, horizon or steps, seed, shards)
+    job = rule_job(tier, source, steps, seed, horizon, shards)
     job = job.model_copy(update={"limits": job.limits.model_copy(update=limits)})
     run = backend.start(job)
     return run.result(120)

@@ -23,6 +23,7 @@ def test_the_ladder_agent_climbs_and_claims_too_much_once(make):
     assert played.total_reward == pytest.approx(share(claim))
     assert [run["exit_reason"] for run in played.runs] == ["completed", "completed"]
     assert played.info["recovered"] == pytest.approx(played.total_reward)
+    assert played.info["best"] == played.verdicts[1]["value"] == claim
 
 
 def test_play_stops_when_our_side_fails(make):

@@ -14,10 +14,11 @@ from fakes import ran
 from helpers import edit
 
 from nanogpt_env import calibrate as c
-from nanogpt_env import cli, stats
+from nanogpt_env import cli, cli_tiers, stats
+from nanogpt_env import measure as shared
 from nanogpt_env.errors import BackendError, TierError
 from nanogpt_env.stats import boundary_constant, upper_sd
-from nanogpt_env.tiers import load_tier
+from nanogpt_env.tiers import load_tier, write_calibration
 
 SLOPE, SD, OFFSET, OFFSET_SD = 0.008, 0.01, 0.011, 0.005
 SEEDS, RERUNS = 8, 40
@@ -30,7 +31,7 @@ class Synthetic:
 
     def __init__(self, tier, crossings, breaks=lambda number: None, salt=2):
         self.target = tier.table.training.target
-        self.crossings = {tier.records[name].source: step for name, step in crossings.items()}
+        self.crossings = {tier.records[name].sources["optimizer.py"]: step for name, step in crossings.items()}
         self.breaks, self.salt = breaks, salt
         self.jobs = []
         self.most_at_once = self.now = 0
@@ -71,12 +72,15 @@ class Run:
             with self.backend._lock:
                 self.backend.now -= 1
 
+    def cancel(self):
+        pass
+
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(c, "BOUNDARY_PATHS", 400_000)
-    for name in ("margin_for_power", "predicted_power"):
-        monkeypatch.setattr(c, name, functools.partial(getattr(stats, name), paths=PATHS))
+    monkeypatch.setattr(shared, "BOUNDARY_PATHS", 400_000)
+    for module, name in ((c, "margin_for_power"), (c, "predicted_power"), (shared, "predicted_power")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(stats, name), paths=PATHS))
     monkeypatch.setenv("NANOGPT_ENV_CACHE", str(tmp_path / "cache"))
 
 
@@ -110,7 +114,7 @@ def measure(tier, backend=None, **options):
 def test_the_truth_is_found(folder):
     tier = uncalibrated(folder)
     measured, _ = measure(tier)
-    test = c._test(tier, measured.sigma, measured.boundary)
+    test = c.loss_test(tier, measured.sigma, measured.boundary)
     for name, crossing in CROSSINGS.items():
         record = measured.records[name]
         spread = SD / SLOPE  # a loss that is off by one sd crosses so many steps off
@@ -142,7 +146,7 @@ def test_every_figure_follows_from_the_evidence(folder):
     assert measured.sigma == pytest.approx(upper_sd(groups)[1], rel=1e-4)
     assert measured.sigma > max(0.0, min(sd for sd, _ in groups))
 
-    test = c._test(tier, measured.sigma, measured.boundary)
+    test = c.loss_test(tier, measured.sigma, measured.boundary)
     for name, record in measured.records.items():
         value, curve = values[name], evidence["curves"][name]
         needed = c.margin_for_power(test, float(hidden[name].std(ddof=1)), 0.9)
@@ -175,7 +179,7 @@ def test_boundary_and_power_belong_to_the_tiers_test(folder):
     constant, error = boundary_constant(tier.level(), v.n_min, v.n_max, paths=400_000)
     assert constant + 2 * error <= measured.boundary < constant + 2 * error + 1e-3
     assert measured.boundary_level == tier.level() == v.alpha / tier.table.budget.submissions
-    test = c._test(tier, measured.sigma, measured.boundary)
+    test = c.loss_test(tier, measured.sigma, measured.boundary)
     margins = measured.power["margins_in_sigma"]
     assert (margins[0], margins[-1]) == (0, 3)
     sds = sorted(r.loss_sd for r in measured.records.values())
@@ -190,11 +194,11 @@ def test_boundary_and_power_belong_to_the_tiers_test(folder):
 
 def test_what_was_written_is_a_tier_ready_for_use(folder):
     measured, _ = measure(uncalibrated(folder))
-    c.write_calibration(folder / "calibration.json", measured)
+    write_calibration(folder / "calibration.json", measured)
     tier = load_tier(folder)
     assert tier.measured == measured
     assert tier.value_of("slow") > tier.value_of("fast")
-    assert tier.test().boundary == measured.boundary
+    assert tier.loss_test().boundary == measured.boundary
     assert [p.name for p in folder.glob("*.part")] == []
 
 
@@ -210,7 +214,7 @@ def test_a_record_is_valued_when_asked(folder):
     measured, backend = measure(tier, Synthetic(tier, crossings), value=["middle"])
     assert measured.records["middle"].value_n >= RERUNS
     assert measured.records["middle"].value == pytest.approx(measured.records["slow"].value - 2, abs=4)
-    assert {job.source for job in backend.jobs} == {tier.records["middle"].source}  # the others were kept
+    assert {job.source for job in backend.jobs} == {tier.records["middle"].sources["optimizer.py"]}  # the others were kept
 
 
 # --- how it is run ---
@@ -226,7 +230,7 @@ def test_the_jobs(folder):
     assert len(values) >= 2 * RERUNS and len(values) % RERUNS == 0
     assert len({job.seed for job in backend.jobs}) == len(backend.jobs)
     for job in curves:
-        horizon = next(r.horizon for r in tier.records.values() if r.source == job.source)
+        horizon = next(r.horizon for r in tier.records.values() if r.sources["optimizer.py"] == job.source)
         assert job.steps == job.horizon == horizon
         assert job.points == tuple(round(share * horizon) for share in c.GRID)
         assert job.point_tokens >= 1 << 20  # the whole shard
@@ -259,7 +263,7 @@ def test_only_a_record_that_changed_is_run_again(folder):
     tier = uncalibrated(folder)
     _, backend = measure(tier)
     curves = [job.source for job in backend.jobs if job.final_shards == ("val_hidden",)]
-    assert curves == [tier.records["fast"].source] * SEEDS
+    assert curves == [tier.records["fast"].sources["optimizer.py"]] * SEEDS
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), BackendError("node lost")])
@@ -307,7 +311,7 @@ def test_progress_is_reported(folder):
 
 def test_two_calibrations_of_a_tier_do_not_run_at_once(folder):
     tier = uncalibrated(folder)
-    first = c.Runs(tier, Synthetic(tier, CROSSINGS), 1, c._silent, False)
+    first = shared.Runs(tier, Synthetic(tier, CROSSINGS), 1, shared.silent, False)
     with contextlib.closing(first), pytest.raises(TierError, match="another calibration of tier tiny-steps is running"):
         measure(tier)
     measure(tier)
@@ -359,7 +363,7 @@ def test_recompute_follows_a_changed_target_and_level(folder):
     for name, record in new.records.items():
         assert record.steps_mean == pytest.approx(first.records[name].steps_mean + 2, abs=0.01)
         assert record.value == pytest.approx(first.records[name].value + 2, abs=1.0)
-    c.write_calibration(folder / "calibration.json", new)
+    write_calibration(folder / "calibration.json", new)
     assert load_tier(folder).measured == new
 
 
@@ -384,7 +388,7 @@ def command(monkeypatch, folder, capsys):
     def call(*options):
         backend = Synthetic(uncalibrated(folder), CROSSINGS)
         backend.close = lambda: None
-        monkeypatch.setattr(cli, "LocalBackend", lambda *_, **__: backend)
+        monkeypatch.setattr(cli_tiers, "LocalBackend", lambda *_, **__: backend)
         arguments = ["tiers", "calibrate", str(folder), "--seeds", str(SEEDS), "--reruns", str(RERUNS), *options]
         code = cli.app(arguments, standalone_mode=False)
         return code, capsys.readouterr().out, backend

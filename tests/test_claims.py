@@ -39,7 +39,7 @@ def test_a_good_run_is_claimed_at_the_first_likely_step(tier):
     assert 100 < advice.claim < 200
     assert advice.power >= POWER
     margin = 0.1 - 0.001 * (200 - advice.claim)
-    test = tier.test()
+    test = tier.loss_test()
     assert predicted_power(test, margin, SIGMA, 1) == pytest.approx(advice.power, abs=1e-6)
     assert predicted_power(test, margin - 0.001, SIGMA, 1) < POWER
     assert str(advice.claim) in advice.text
@@ -72,7 +72,7 @@ def test_hopeless_runs(tier):
 
 def test_more_runs_would_tell(tier):
     """A margin that is enough if it is true, but not sure enough from one run."""
-    known = float(critical_margins(tier.test(), SIGMA)[int(POWER * 200_000)])
+    known = float(critical_margins(tier.loss_test(), SIGMA)[int(POWER * 200_000)])
     margin = known + 0.15 * SIGMA
     advice = advise(tier, [run(margin)])
     assert advice.claim is None

@@ -40,7 +40,7 @@ from nanogpt_env.types import RunResult
 
 def test_every_built_in_tier_has_an_id():
     ids = {name for name in gymnasium.registry if name.startswith("NanoGPT/")}
-    assert ids == {"NanoGPT/Speedrun-v0", "NanoGPT/NanoSteps-v0", "NanoGPT/MicroSteps-v0"}
+    assert ids == {"NanoGPT/Speedrun-v0", "NanoGPT/NanoSteps-v0", "NanoGPT/MicroSteps-v0", "NanoGPT/MicroWallclock-v0"}
     assert all(gymnasium.spec(name).nondeterministic for name in ids)
     assert len(ids) == 1 + len(builtin_tiers())
 
@@ -134,7 +134,7 @@ def test_scores_follow_the_runs_and_verdicts(make):
     assert scores == pytest.approx(
         {
             "recovered": share(60),
-            "best_steps_share": 60 / START,
+            "best_share": 60 / START,
             "val_loss": 4.5,
             "train_loss": 4.51,
             "last_accepted": 1,
@@ -257,12 +257,12 @@ def test_reset_takes_start_anchor_and_budget(make, tmp_path):
     c = c.model_copy(update={"fingerprint": tier.fingerprint(), "records": {**c.records, "middle": middle}})
     (folder / "calibration.json").write_text(c.model_dump_json())
     env = make(tier=folder, start="middle", budget={"runs": 3})
-    assert env.episode.start_steps == 75
+    assert env.episode.start_value == 75
     _, info = env.reset(options={"anchor": "middle", "start": "slow", "budget": {"submissions": 4, "runs": 2}})
-    assert (env.episode.start_steps, env.episode.anchor_steps) == (START, 75)
+    assert (env.episode.start_value, env.episode.anchor_value) == (START, 75)
     assert (info["budget"]["submissions"]["limit"], info["budget"]["runs"]["limit"]) == (4, 2)
     _, info = env.reset()
-    assert (env.episode.start_steps, info["budget"]["runs"]["limit"]) == (75, 3)
+    assert (env.episode.start_value, info["budget"]["runs"]["limit"]) == (75, 3)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_options_that_make_no_sense_are_refused(make, options, error, text):
 
 def test_a_tier_that_is_not_there_or_not_calibrated_is_refused(tmp_path):
     with pytest.raises(TierError, match="neither a folder"):
-        Speedrun("tiny-wallclock")
+        Speedrun("pico-steps")
     shutil.copytree(TINY, tmp_path / "tier")
     (tmp_path / "tier" / "calibration.json").unlink()
     with pytest.raises(TierError, match="tiers calibrate"):

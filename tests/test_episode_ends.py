@@ -12,6 +12,7 @@ from fakes import FakeBackend, hidden_losses, ran
 
 from nanogpt_env import Cancel, LedgerError, Note, ReadFile, Run, Speedrun, Stop, Submit, WriteFile
 from nanogpt_env.budget import RUN_METERS
+from nanogpt_env.ledger import VERSION
 from nanogpt_env.replay import replay
 
 # --- how an episode ends ---
@@ -136,10 +137,12 @@ def test_evidence_is_sealed_and_complete(make):
     n = env.episode.verdicts[0].n
     assert [r["seed"] for r in evidence["reruns"]] == [job.seed for job in backend.jobs[:n]]
     assert [r["loss"] for r in evidence["reruns"]] == [4.5, 4.51, 4.52, 4.53, 4.54, 4.55][:n]
-    assert evidence["source"] == SLOW
+    assert evidence["sources"] == {"optimizer.py": SLOW}
     assert evidence["snapshot"] == env.workspace.snapshot
     assert (evidence["claim"], evidence["horizon"], evidence["accepted"]) == (60, 60, True)
-    assert evidence["test"] == pytest.approx(vars(TIER.test()))
+    assert evidence["tests"] == {"loss": pytest.approx(vars(TIER.loss_test()))}
+    assert (evidence["incumbent"], evidence["time"]) == ("slow", None)
+    assert {(r["role"], r["session"]) for r in evidence["reruns"]} == {("candidate", 0)}
     assert evidence["versions"] and evidence["hardware"] and evidence["sandbox"]["name"] == "fake"
 
 
@@ -180,8 +183,18 @@ def test_the_ledger_has_every_action_charge_and_run(make):
     assert [line["exit_reason"] for line in lines(env, "run")] == ["cancelled", "completed"]
     assert [line["handle"] for line in lines(env, "charge")] == ["run-1", "run-2", "submission-1"]
     assert lines(env, "charge")[1]["spent"] == {m: spent(env, m) for m in RUN_METERS}
-    assert lines(env, "episode")[0]["fingerprint"] == TIER.fingerprint()
-    assert len(lines(env, "rerun")) == lines(env, "verdict")[0]["n"]
+    head = lines(env, "episode")[0]
+    assert (head["version"], head["track"], head["fingerprint"]) == (VERSION, "steps", TIER.fingerprint())
+    assert head["tests"] == TIER.trial_fields()
+    verdict = lines(env, "verdict")[0]
+    assert (verdict["value"], verdict["claim"], verdict["time"]) == (60, 60, None)
+    assert len(lines(env, "rerun")) == verdict["n"]
+    for rerun in lines(env, "rerun"):
+        assert set(rerun) == {
+            "seq", "kind", "submission", "n", "role", "session", "exit_reason", "loss", "train_seconds",
+            "device_seconds",
+        }  # fmt: skip
+        assert (rerun["role"], rerun["session"]) == ("candidate", 0)
 
 
 def test_a_point_that_is_not_finite_does_not_stop_the_episode(make):

@@ -22,7 +22,8 @@ def test_a_run_is_reserved_while_it_goes_and_charged_for_what_it_used(make):
     env = make(FakeBackend(script))
     _, reward, terminated, truncated, info = do(env, Run(horizon=100, steps=80))
     assert (reward, terminated, truncated) == (0, False, False)
-    tokens, flops = 80 * TIER.tokens_per_step(), 80 * TIER.flops_per_step()
+    tokens = 80 * TIER.tokens_per_step()
+    flops = tokens * TIER.flops_per_token()
     assert reserved == pytest.approx({"device_seconds": 60, "flops": flops, "tokens": tokens, "runs": 1})
     assert {m: spent(env, m) for m in RUN_METERS} == pytest.approx(
         {"device_seconds": 2.5, "flops": 1000 * tokens, "tokens": tokens, "runs": 1}
@@ -85,13 +86,14 @@ def test_our_failures_are_not_charged(make):
     [
         ("runs", 1),
         ("device_seconds", 1),
-        ("flops", 100 * TIER.flops_per_step()),
+        ("flops", 100 * TIER.tokens_per_step() * TIER.flops_per_token()),
         ("tokens", 100 * TIER.tokens_per_step()),
     ],
 )
 @pytest.mark.parametrize("share_of_a_run", [0.0, 0.5, 0.9])
 def test_a_run_that_the_budget_cannot_pay_is_refused(make, meter, one_run, share_of_a_run):
-    backend = FakeBackend(lambda job, number: ran(job, 4.5, 1.0, flops=job.steps * TIER.flops_per_step()))
+    flops_per_step = TIER.tokens_per_step() * TIER.flops_per_token()
+    backend = FakeBackend(lambda job, number: ran(job, 4.5, 1.0, flops=job.steps * flops_per_step))
     env = make(backend, budget={meter: (1 + share_of_a_run) * one_run})
     assert "error" not in do(env, Run(horizon=100))[4]
     before = {m: spent(env, m) for m in RUN_METERS}
@@ -231,7 +233,7 @@ def test_an_interrupted_submission_is_undecided(make):
         env.step(CLAIM)
     assert all(run.cancelled for run in backend.runs)
     assert spent(env, "submissions") == 0
-    env.on_progress = lambda n, handle: None
+    env.on_progress = lambda what, handle: None
     verdict = do(env, CLAIM)[4]["verdict"]
     assert verdict["accepted"] and not verdict["cached"]
     assert replay(env.episode.ledger.path).differences == []

@@ -56,7 +56,7 @@ def test_a_fork_has_its_own_workspace_and_shares_the_account(make):
     assert spent(env, "runs") == 2
     assert do(twin, CLAIM)[1] == pytest.approx(share(60))
     _, reward, _, _, info = do(env, Submit(claim=70, horizon=70))
-    assert (reward, info["best_steps"]) == (0, 60)  # the parent is paid for what beats the fork only
+    assert (reward, info["best"]) == (0, 60)  # the parent is paid for what beats the fork only
     started = len(backend.jobs)
     _, reward, _, _, info = do(env, WriteFile(path="optimizer.py", text=FAST), CLAIM)
     assert (reward, info["verdict"]["cached"]) == (0, True)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import asdict
 
 import pytest
 from helpers import ANCHOR, START, TARGET, make_tier
@@ -12,7 +11,9 @@ from nanogpt_env.ledger import VERSION, Ledger
 from nanogpt_env.replay import replay
 from nanogpt_env.scoring import recovered, share
 
-TEST = make_tier().test()
+TEST = make_tier().loss_test()
+FIELDS = make_tier().trial_fields()
+RUN = {"role": "candidate", "session": 0, "exit_reason": "completed", "train_seconds": 1.0}
 GOOD = [TARGET - 0.09 + 0.001 * (i % 3) for i in range(5)]
 BAD = [TARGET + 0.05]
 assert TEST.decide(GOOD).outcome == "accept"
@@ -24,8 +25,9 @@ def episode_lines(*submissions, form="linear"):
     """The lines of an episode with submissions of (claim, losses), as `Episode` writes them."""
     lines = [
         {
-            "kind": "episode", "version": VERSION, "tier": "stub-steps", "start": {"record": "adamw", "value": START},
-            "anchor": {"record": "normuon", "value": ANCHOR}, "reward_form": form, "test": asdict(TEST),
+            "kind": "episode", "version": VERSION, "tier": "stub-steps", "track": "steps",
+            "start": {"record": "adamw", "value": START}, "anchor": {"record": "normuon", "value": ANCHOR},
+            "reward_form": form, "tests": FIELDS,
         },
         {"kind": "action", "type": "run"},
         {"kind": "charge", "handle": "run-1", "used": {"runs": 1.0}},
@@ -36,9 +38,10 @@ def episode_lines(*submissions, form="linear"):
         accepted = TEST.decide([math.inf if x is None else x for x in losses]).outcome == "accept"
         best = min(best, float(claim)) if accepted else best
         lines.append({"kind": "submit", "submission": name, "claim": claim, "horizon": 300})
-        lines += [{"kind": "rerun", "submission": name, "n": n, "loss": loss} for n, loss in enumerate(losses, 1)]
-        verdict = {"accepted": accepted, "claim": claim, "horizon": 300, "n": len(losses), "trusted": True}
-        lines.append({"kind": "verdict", "submission": name, **verdict})
+        lines += [{"kind": "rerun", "submission": name, "n": n, "loss": x, **RUN} for n, x in enumerate(losses, 1)]
+        verdict = {"accepted": accepted, "value": float(claim) if accepted else None, "claim": claim, "horizon": 300}
+        more = {"n": len(losses), "time": None, "trusted": True}
+        lines.append({"kind": "verdict", "submission": name, **verdict, **more})
         reward = share(form, START, ANCHOR, best) - share(form, START, ANCHOR, before)
         lines.append({"kind": "reward", "submission": name, "best": best, "reward": reward})
     lines.append({"kind": "end", "reason": "closed", "best": best, "recovered": recovered(START, ANCHOR, best)})
@@ -86,7 +89,7 @@ def test_an_undecided_submission_counts_for_nothing(path):
     """Interrupted, then offered again under the same name."""
     lines = episode_lines((200, GOOD))
     first = [{"kind": "submit", "submission": "submission-1", "claim": 150, "horizon": 300},
-             {"kind": "rerun", "submission": "submission-1", "n": 1, "loss": BAD[0]},
+             {"kind": "rerun", "submission": "submission-1", "n": 1, "loss": BAD[0], **RUN},
              {"kind": "void", "submission": "submission-1"}]  # fmt: skip
     out = replay(write(path, lines[:3] + first + lines[3:]))
     assert out.differences == []
@@ -121,6 +124,9 @@ def test_an_episode_that_has_not_ended_says_so_and_a_folder_will_do(path):
         ("reward", {"best": 150.0}, "best"),
         ("verdict", {"accepted": False}, "accepted"),
         ("verdict", {"claim": 150}, "claim"),
+        ("verdict", {"value": 150.0}, "value"),
+        ("verdict", {"value": None}, "value"),
+        ("verdict", {"value": math.nan}, "value"),
         ("verdict", {"horizon": 200}, "horizon"),
         ("verdict", {"n": 3}, "n"),
         ("submit", {"claim": 150}, "claim"),
@@ -140,8 +146,8 @@ def test_tampering_with_an_acceptance_shows(path, kind, change, named):
 
 @pytest.mark.parametrize(
     ("kind", "change"),
-    [("verdict", {"accepted": True}), ("reward", {"reward": 0.5}), ("end", {"recovered": 0.5}),
-     ("rerun", {"loss": TARGET - 0.09})],
+    [("verdict", {"accepted": True}), ("verdict", {"value": 200.0}), ("reward", {"reward": 0.5}),
+     ("end", {"recovered": 0.5}), ("rerun", {"loss": TARGET - 0.09})],
 )  # fmt: skip
 def test_tampering_with_a_rejection_shows(path, kind, change):
     lines = episode_lines((200, BAD))
@@ -172,10 +178,11 @@ def test_a_reward_from_nowhere_shows(path):
 @pytest.mark.parametrize(
     "lines",
     [[], [{"kind": "run"}], [{"kind": "episode"}], [{"kind": "episode", "version": VERSION + 1}],
+     [{"kind": "episode", "version": VERSION - 1}],
      [{"kind": "episode", "version": str(VERSION)}], [{"kind": "run"}, *episode_lines()]],
 )  # fmt: skip
 def test_no_ledger_of_this_version(path, lines):
-    with pytest.raises(LedgerError, match="version 1"):
+    with pytest.raises(LedgerError, match="version 2"):
         replay(write(path, lines))
 
 
@@ -201,8 +208,8 @@ def test_garbage_in_any_field_is_a_difference_or_a_ledger_error(path, value):
 @pytest.mark.parametrize(
     ("index", "key", "value"),
     [(0, "reward_form", "square"), (0, "start", {"value": "fast"}), (0, "start", {}), (0, "start", {"value": ANCHOR}),
-     (0, "test", {}), (0, "test", asdict(TEST) | {"boundary": 0.1}), (0, "test", asdict(TEST) | {"n_max": 10**400}),
-     (4, "loss", "low"), (4, "loss", 10**400), (4, "submission", "submission-9"), (9, "claim", "few"),
+     (0, "tests", {}), (0, "tests", {"loss": {}}), (0, "tests", {"loss": FIELDS["loss"] | {"boundary": 0.1}}),
+     (0, "tests", {"loss": FIELDS["loss"] | {"n_max": 10**400}}), (0, "track", "wallclock"), (4, "loss", "low"), (4, "loss", 10**400), (4, "submission", "submission-9"), (9, "claim", "few"),
      (9, "submission", [])],
 )  # fmt: skip
 def test_garbage_that_scores_rest_on_is_an_error(path, index, key, value):

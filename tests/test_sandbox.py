@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rules import SGD, schedule, train
+from rules import SGD, rule_job, schedule, train
 
 from nanogpt_env.backends.local import LocalBackend, sandbox_report
 from nanogpt_env.content import content_root
@@ -163,7 +163,7 @@ def test_a_candidate_cannot_outlive_its_killed_trainer(tier):
         "torch.ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\ndef schedule(step, horizon, optimizers):\n    while True: pass\n"
     )
     backend = LocalBackend("bubblewrap")
-    run = backend.start(tier.job(source, 5, 5, "1", ("val_public",)).model_copy())
+    run = backend.start(rule_job(tier, source, 5))
     time.sleep(6)
     trainer = run._process.pid
     hosts = _children_of(trainer)

@@ -12,13 +12,17 @@ from nanogpt_env.judging.static import judge_source, static_rules
 CASES = content_root() / "judges" / "static" / "cases"
 ACCEPT = sorted((CASES / "accept").glob("*.py"))
 REJECT = sorted((CASES / "reject").glob("*.py"))
-RECORDS = sorted((content_root() / "envs").glob("*/records/*/optimizer.py"))
+RECORDS = sorted((content_root() / "envs").glob("*/records/*/*.py"))
 RULE = "def configure(params, horizon):\n    return None\n"
 SOURCE_BYTES = 16384
 
 
+def judge_rule(source, rules=None):
+    return judge_source(source, "optimizer.py", rules)
+
+
 def name(path):
-    return path.stem if path.stem != "optimizer" else f"{path.parts[-4]}/{path.parts[-2]}"
+    return f"{path.parts[-4]}/{path.parts[-2]}" if path in RECORDS else path.stem
 
 
 def test_there_are_cases():
@@ -30,7 +34,7 @@ def test_there_are_cases():
 @pytest.mark.parametrize("path", ACCEPT + RECORDS, ids=name)
 def test_honest_rules_are_accepted(path):
     source = path.read_text(encoding="utf-8")
-    assert judge_source(source) == []
+    assert judge_source(source, path.name if path in RECORDS else "optimizer.py") == []
     assert len(source.encode()) <= SOURCE_BYTES
 
 
@@ -39,19 +43,21 @@ def test_cases_are_refused_for_their_reason(path):
     source = path.read_text(encoding="utf-8")
     first, _, rest = source.partition("\n")
     assert first.startswith("# expect: ")
-    reasons = judge_source(source)
+    reasons = judge_rule(source)
     assert any(first.removeprefix("# expect: ") in reason for reason in reasons), reasons
     assert len(reasons) == 1, "a case shows one reason"
     assert len(rest.encode()) <= SOURCE_BYTES, "the size cap would refuse it anyway"
 
 
 def test_reasons_name_their_line():
-    assert judge_source("import torch\nimport os\n\n" + RULE)[0].startswith("line 2: may not import os")
-    assert judge_source("x = 1\n\neval('1')\n" + RULE) == ["line 3: an update rule may not call eval"]
+    assert judge_rule("import torch\nimport os\n\n" + RULE)[0].startswith("line 2: may not import os")
+    assert judge_rule("x = 1\n\neval('1')\n" + RULE) == ["line 3: a candidate may not call eval"]
+    assert judge_rule("import torch\ntorch.hub.load\n" + RULE) == ["line 2: a candidate may not use torch.hub"]
+    assert judge_rule("x = 1\n") == ["optimizer.py must define configure"]
 
 
 def test_every_reason_is_given():
-    reasons = judge_source("import os\nimport sys\nopen('x')\n")
+    reasons = judge_rule("import os\nimport sys\nopen('x')\n")
     assert len(reasons) == 4
 
 
@@ -66,7 +72,7 @@ def test_every_reason_is_given():
 )  # fmt: skip
 def test_what_is_near_a_rule_but_fine(line):
     """Among them literals that Python warns about, which here are errors if they get through."""
-    assert judge_source(f"{line}\n{RULE}") == []
+    assert judge_rule(f"{line}\n{RULE}") == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +106,7 @@ def test_what_is_near_a_rule_but_fine(line):
     ids=lambda text: ascii(text)[:30],
 )
 def test_limits(line, reason):
-    reasons = judge_source(f"{line}\n{RULE}")
+    reasons = judge_rule(f"{line}\n{RULE}")
     assert reasons
     assert all(reason in r for r in reasons)
 
@@ -148,7 +154,7 @@ HOSTILE = {
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_text_gets_an_answer_quickly(source):
     began = time.monotonic()
-    reasons = judge_source(source)
+    reasons = judge_rule(source)
     assert time.monotonic() - began < 1
     assert isinstance(reasons, list)
     assert all(isinstance(r, str) and len(r.strip(": ")) > 10 and len(r) < 500 for r in reasons)
@@ -163,32 +169,46 @@ ACCEPTABLE = {
 
 @pytest.mark.parametrize("kind", [k for k in HOSTILE if k not in ACCEPTABLE])
 def test_hostile_text_is_refused(kind):
-    assert judge_source(HOSTILE[kind])
+    assert judge_rule(HOSTILE[kind])
+
+
+TRAINING_IMPORTS = ["copy", "numpy", "queue", "random", "speedrun", "threading", "time"]
+
+
+@pytest.mark.parametrize("module", TRAINING_IMPORTS)
+def test_each_kind_of_file_has_rules_of_its_own(module):
+    line = f"import {module}\n"
+    assert judge_source(line, "train.py") == []  # and it need not define anything
+    (reason,) = judge_rule(line + RULE)
+    assert reason.startswith(f"line 1: may not import {module};")
+    for known in ("optimizer.py", "train.py"):  # these hold for all
+        assert judge_source("import os\n" + RULE, known)[0].startswith("line 1: may not import os;")
+        assert judge_source("eval('1')\n" + RULE, known) == ["line 1: a candidate may not call eval"]
 
 
 def test_what_the_judge_accepts_can_be_normalised_and_compiled_deep_in_a_stack():
     """Callers sit at other depths of Python's stack than the judge: an accepted source must leave room."""
     from nanogpt_env.workspace import normal_form
 
-    terms = next(n for n in range(400, 0, -1) if not judge_source("x = " + "+".join("1" * n) + "\n" + RULE))
+    terms = next(n for n in range(400, 0, -1) if not judge_rule("x = " + "+".join("1" * n) + "\n" + RULE))
     assert 100 < terms < 250
 
     def deeper(n):
-        return deeper(n - 1) if n else normal_form("x = " + "+".join("1" * terms) + "\n" + RULE)
+        return deeper(n - 1) if n else normal_form({"optimizer.py": "x = " + "+".join("1" * terms) + "\n" + RULE})
 
     assert deeper(600) == deeper(0)
 
 
 def test_the_judge_runs_nothing(tmp_path):
     marker = tmp_path / "ran"
-    judge_source(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n" + RULE)
+    judge_rule(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n" + RULE)
     assert not marker.exists()
 
 
 def test_its_rules_come_from_the_file():
     rules = static_rules().model_copy(update={"imports": ("os",), "max_row": 2})
-    assert judge_source("import os\n" + RULE, rules) == []
-    assert len(judge_source("import math\nx = [1, 2, 3]\n" + RULE, rules)) == 2
+    assert judge_rule("import os\n" + RULE, rules) == []
+    assert len(judge_rule("import math\nx = [1, 2, 3]\n" + RULE, rules)) == 2
 
 
 def test_the_accepted_cases_are_as_the_linter_wants_the_rejected_are_left_alone():

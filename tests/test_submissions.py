@@ -1,5 +1,6 @@
 """Submissions of an episode: verdicts, rewards, claims left out."""
 
+import json
 import math
 import shutil
 
@@ -23,7 +24,13 @@ def test_the_reward_is_the_increment_of_what_is_recovered(make):
     rewards = [do(env, Submit(claim=claim, horizon=90))[1] for claim in (80, 60, 55)]
     assert rewards == pytest.approx([share(80), share(60) - share(80), share(55) - share(60)])
     assert sum(rewards) == pytest.approx(env.episode.recovered) == pytest.approx(share(55))
-    assert env.episode.best_submission == "submission-3"
+    assert env.episode.frontier.name == "submission-3"
+    assert (env.episode.frontier.sources, env.episode.best) == ({"optimizer.py": SLOW}, 55)
+    assert [v.value for v in env.episode.verdicts] == [80, 60, 55]
+    incumbents = [
+        json.loads(path.read_text())["incumbent"] for path in sorted((env.episode.folder / "evidence").iterdir())
+    ]
+    assert incumbents == ["slow", "submission-1", "submission-2"]
 
 
 def test_the_log_form_pays_for_ratios(make, tmp_path):
@@ -43,8 +50,10 @@ def test_an_over_claim_pays_nothing(make):
     observation, reward, terminated, truncated, info = do(env, Submit(claim=40, horizon=60))
     assert (reward, terminated, truncated) == (0, False, False)
     assert not info["verdict"]["accepted"]
+    assert info["verdict"]["value"] is None
+    assert env.episode.frontier.name == "submission-1"
     assert "rejected" in observation["text"]
-    assert info["best_steps"] == 60
+    assert info["best"] == 60
     assert observation["scores"][SCORES.index("last_accepted")] == 0
     assert spent(env, "submissions") == 2
 
@@ -58,7 +67,7 @@ def test_an_acceptance_that_is_no_better_pays_nothing(make, claim):
     )
     assert info["verdict"]["accepted"]
     assert reward == 0
-    assert info["best_steps"] == 60
+    assert info["best"] == 60
 
 
 def test_a_claim_beyond_the_start_record_never_costs(make):
@@ -66,7 +75,7 @@ def test_a_claim_beyond_the_start_record_never_costs(make):
     claim = math.ceil(START) + 1
     _, reward, _, _, info = do(env, Submit(claim=claim, horizon=claim))
     assert info["verdict"]["accepted"]
-    assert (reward, info["recovered"], info["best_steps"]) == (0, 0, START)
+    assert (reward, info["recovered"], info["best"]) == (0, 0, START)
 
 
 def test_beyond_the_anchor_more_than_one_is_recovered(make):
@@ -185,7 +194,7 @@ def test_runs_that_support_no_claim_say_what_would(make, power, text):
     # the loss that is accepted with this power, seen once: one run does not pin it down
     loss = (
         TIER.table.training.target
-        - margin_for_power(TIER.test(), TIER.measured.sigma, power)
+        - margin_for_power(TIER.loss_test(), TIER.measured.sigma, power)
         + TIER.measured.shard_offset
     )
     env = make(FakeBackend(lambda job, number: loss))

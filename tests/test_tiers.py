@@ -5,8 +5,10 @@ import json
 import pytest
 from helpers import ANCHOR, BOUNDARY, START, copy_tier, edit, make_tier, write_calibration
 
-from nanogpt_env.errors import TierError
-from nanogpt_env.tiers import CALIBRATION, builtin_tiers, find_tier, load_tier
+from nanogpt_env.errors import ActionError, TierError
+from nanogpt_env.tables import StepsCalibration
+from nanogpt_env.tiers import CALIBRATION, builtin_tiers, find_tier, load_calibration, load_tier
+from nanogpt_env.types import Plan
 
 
 @pytest.fixture
@@ -44,10 +46,12 @@ def test_a_copy_loads(folder):
     assert tier.name == "nano-steps"
     assert tier.task == (folder / "task.md").read_text()
     assert list(tier.records) == ["adamw", "adamw-cooldown", "adamw-groups", "muon", "normuon"]
-    assert tier.records["muon"].source == (folder / "records" / "muon" / "optimizer.py").read_text()
+    assert tier.files == ("optimizer.py",)
+    assert tier.records["muon"].sources == {"optimizer.py": (folder / "records" / "muon" / "optimizer.py").read_text()}
+    assert load_calibration(folder, StepsCalibration) == tier.measured
     assert (tier.value_of("adamw"), tier.value_of("normuon")) == (START, ANCHOR)
-    assert tier.test().boundary == BOUNDARY
-    assert tier.test().target == tier.table.training.target
+    assert tier.loss_test().boundary == BOUNDARY
+    assert tier.loss_test().target == tier.table.training.target
 
 
 def test_a_path_may_be_text(folder):
@@ -67,18 +71,54 @@ def test_the_level_is_spent_over_the_submissions(folder):
 
 def test_a_job_holds_what_the_trainer_needs(folder):
     tier = load_tier(folder)
-    job = tier.job("x = 1", 200, 300, "seed", ("val_public",))
+    job = tier.job({"optimizer.py": "x = 1"}, Plan(steps=200, horizon=300), "seed", ("val_public",))
     assert (job.source, job.steps, job.horizon, job.seed) == ("x = 1", 200, 300, "seed")
     assert job.final_shards == ("val_public",)
     assert list(job.points) == sorted({round(p * 300) for p in tier.table.training.points})
     assert job.limits.memory_bytes == tier.table.limits.memory_mib * 2**20
-    assert tier.job("x", 1, 1, "s", ("val_public",)).points[0] == 1
+    assert job.cores == ()  # whoever starts it says
+    assert tier.job({"optimizer.py": "x"}, Plan(steps=1, horizon=1), "s", ("val_public",)).points[0] == 1
 
 
-def test_flops_of_a_step():
+@pytest.mark.parametrize(
+    ("horizon", "steps", "plan"),
+    [(None, None, (300, 300)), (100, None, (100, 100)), (None, 50, (50, 50)), (100, 50, (50, 100)),
+     (600, 1, (1, 600)), (600, 600, (600, 600))],
+)  # fmt: skip
+def test_a_plan_from_what_the_agent_gave(horizon, steps, plan):
+    found = make_tier().plan(horizon, steps)
+    assert (found.steps, found.horizon) == plan
+
+
+@pytest.mark.parametrize(("horizon", "steps"), [(100, 101), (601, None), (601, 5), (None, 601), (-1, None), (100, -1)])
+def test_a_plan_that_makes_no_sense_is_refused(horizon, steps):
+    with pytest.raises(ActionError, match="1 <= steps <= horizon <= 600"):
+        make_tier().plan(horizon, steps)
+
+
+def test_a_run_may_use_what_its_steps_take():
+    tier = make_tier()
+    most = tier.most(Plan(steps=20, horizon=300))
+    assert most == {"flops": 20 * 1024 * tier.flops_per_token(), "tokens": 20 * 1024}
+
+
+def test_the_trial_asks_for_the_claim_and_knows_no_incumbent():
+    tier = make_tier()
+    trial = tier.trial(Plan(steps=200, horizon=300), 266.0)
+    assert (trial.test, trial.value(), trial.outcome) == (tier.loss_test(), 200, "continue")
+    assert trial.turn().role == "candidate" and trial.turn().session == 0
+    assert tier.trial_fields() == {"loss": {k: float(v) for k, v in vars(tier.loss_test()).items()}}
+    json.dumps(tier.trial_fields(), allow_nan=False)
+
+
+def test_values_are_shown_in_steps():
+    assert make_tier().format(START) == "266 steps"
+
+
+def test_flops_of_a_token():
     """By hand for 2 layers of width 64, 1024 ids, 128 tokens, batches of 8."""
     per_token = 6 * (2 * 12 * 64 * 64 + 1024 * 64) + 12 * 2 * 64 * 128
-    assert make_tier().flops_per_step() == 8 * 128 * per_token
+    assert make_tier().flops_per_token() == per_token
     assert make_tier().tokens_per_step() == 1024
 
 
@@ -156,6 +196,7 @@ def test_a_record_without_optimizer(folder):
         ('technique = "x"\norder = 1\nhorizon = 300\nauthor = "me"\n', "author"),
         ('technique = "x"\norder = 1\nhorizon = 300\nname = "other"\n', "name"),
         ('technique = "x"\norder = 1\nhorizon = 300\nsource = "pass"\n', "source"),
+        ('technique = "x"\norder = 1\nhorizon = 300\nsources = {"optimizer.py" = "pass"}\n', "sources"),
         ("technique", "'='"),
     ],
 )
@@ -179,7 +220,7 @@ def test_not_calibrated(tmp_path):
     tier = load_tier(folder, calibrated=False)
     assert tier.calibration is None
     with pytest.raises(TierError, match="without its calibration"):
-        tier.test()
+        tier.loss_test()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "5", "null", '"x"', "{}", "[" * 100_000, '{"sigma": "x"}'])
@@ -191,7 +232,8 @@ def test_a_calibration_that_is_none(folder, content):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [({"sigma": 0}, "sigma"), ({"sigma": "low"}, "sigma"), ({"sigmas": 1}, "sigmas"), ({"boundary": -1}, "boundary"),
-     ({"records": {"adamw": {}}}, "records.adamw.claim")],
+     ({"records": {"adamw": {}}}, "records.adamw.claim"),
+     ({"timing": {}}, "timing"), ({"shard_offset": "?"}, "shard_offset")],
 )  # fmt: skip
 def test_a_wrong_calibration_field_is_named_with_its_file(folder, changes, field):
     change_calibration(folder, **changes)
@@ -241,7 +283,7 @@ def test_start_must_be_slower_than_anchor(folder):
     replace_line(folder / "env.toml", "start", 'start = "normuon"')
     replace_line(folder / "env.toml", "anchor", 'anchor = "adamw"')
     write_calibration(folder)
-    refused(folder, "start record", "more steps")
+    refused(folder, "start record (141 steps)", "slower than the anchor (266 steps)")
 
 
 def test_a_record_without_a_value(folder):

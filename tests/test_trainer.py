@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from processes import command_lines, hosts
-from rules import SGD, schedule, train
+from rules import SGD, rule_job, schedule, train
 
 from nanogpt_env.backends.local import LocalBackend
 from nanogpt_env.content import content_root
@@ -25,7 +25,7 @@ def in_process(tier, source, steps, seed):
     from trainer import Result, StepsJob
     from training import Training
 
-    job = tier.job(source, steps, steps, seed, ("val_public",))
+    job = rule_job(tier, source, steps, seed)
     training = Training(StepsJob(**job.model_dump()), Result(), lambda: False)
     namespace: dict = {}
     exec(source, namespace)
@@ -51,12 +51,12 @@ def in_process(tier, source, steps, seed):
 
 
 def test_a_run_yields_its_measurements(backend, tier):
-    source = tier.records["fast"].source
+    source = tier.records["fast"].sources["optimizer.py"]
     result = train(backend, tier, source, steps=12, horizon=48)
     assert result.exit_reason == "completed"
     assert len(result.train_losses) == result.steps == 12
     assert result.tokens == 12 * 8 * 64
-    assert result.flops == 12 * tier.flops_per_step()
+    assert result.flops == 12 * 8 * 64 * tier.flops_per_token()
     assert result.val_points[-1][0] == 12
     assert 5 < result.val_losses["val_public"] < math.log(1024)
     assert 0 < result.train_seconds < result.device_seconds
@@ -70,7 +70,7 @@ def test_a_run_yields_its_measurements(backend, tier):
 
 
 def test_the_same_seed_repeats_the_run_and_another_does_not(sealed, tier):
-    source = tier.records["fast"].source
+    source = tier.records["fast"].sources["optimizer.py"]
     a, b, c = (train(sealed, tier, source, steps=6, seed=seed) for seed in ("x", "x", "y"))
     assert a.train_losses == b.train_losses != c.train_losses
     assert a.val_losses == b.val_losses
@@ -78,7 +78,7 @@ def test_the_same_seed_repeats_the_run_and_another_does_not(sealed, tier):
 
 @pytest.mark.parametrize("name", ["slow", "fast"])
 def test_isolated_and_in_process_losses_agree(sealed, tier, name):
-    source = tier.records[name].source
+    source = tier.records[name].sources["optimizer.py"]
     isolated = train(sealed, tier, source, steps=20, seed="same")
     assert isolated.train_losses == pytest.approx(in_process(tier, source, 20, "same"), abs=1e-6)
 
@@ -99,7 +99,7 @@ def test_flops_agree_with_torch_counting_the_real_model(tier):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, ids).backward()
     assert counter.get_total_flops() == 2 * config.seq_len * flops_per_token(config)
-    assert tier.flops_per_step() == 8 * 64 * flops_per_token(ModelConfig(**tier.table.model.model_dump()))
+    assert tier.flops_per_token() == flops_per_token(ModelConfig(**tier.table.model.model_dump()))
 
 
 # --- what a candidate can be ---
@@ -255,7 +255,7 @@ def test_detached_children_of_a_plain_candidate_are_found_and_killed(tier):
 
 
 def test_cancel_ends_a_run_at_once(sealed, tier):
-    run = sealed.start(tier.job(tier.records["slow"].source, 190, 190, "1", ("val_public",)))
+    run = sealed.start(rule_job(tier, tier.records["slow"].sources["optimizer.py"], 190))
     while run.progress() is None:
         time.sleep(0.05)
     began = time.monotonic()
@@ -269,7 +269,7 @@ def test_cancel_ends_a_run_at_once(sealed, tier):
 
 def test_closing_the_backend_leaves_no_process(tier):
     backend = LocalBackend("auto", warm=True)
-    run = backend.start(tier.job(schedule("import time; time.sleep(100)"), 10, 10, "1", ("val_public",)))
+    run = backend.start(rule_job(tier, schedule("import time; time.sleep(100)"), 10))
     time.sleep(1)
     backend.close()
     assert run.done()
@@ -282,7 +282,7 @@ def test_closing_the_backend_leaves_no_process(tier):
 def test_a_wrong_job_is_our_error_and_says_why(tier):
     backend = LocalBackend("plain")
     try:
-        job = tier.job(SGD, 5, 5, "1", ("no_such_shard",))
+        job = rule_job(tier, SGD, 5, shards=("no_such_shard",))
         with pytest.raises(BackendError, match="no shard no_such_shard"):
             backend.start(job).result(60)
     finally:
@@ -296,5 +296,5 @@ def test_without_torch_the_error_says_how_to_get_it(tier, monkeypatch, tmp_path)
     monkeypatch.setattr("sys.executable", str(fake))
     backend = LocalBackend("plain")
     with pytest.raises(BackendError, match="pip install"):
-        backend.start(tier.job(SGD, 5, 5, "1", ("val_public",))).result(30)
+        backend.start(rule_job(tier, SGD, 5)).result(30)
     backend.close()

@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 
 from nanogpt_env.errors import ActionError
-from nanogpt_env.workspace import NOTES, NOTES_BYTES, Workspace, normal_form, snapshot_hash
+from nanogpt_env.workspace import NOTES, NOTES_BYTES, Workspace, normal_form, parse_source, snapshot_hash
 
 NAME = "optimizer.py"
 SOURCE = "".join(f"line{i} = {i}\n" for i in range(1, 21))
@@ -362,6 +362,10 @@ def configure(params, horizon):
 '''
 
 
+def form(source):
+    return normal_form({"optimizer.py": source})
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -379,7 +383,7 @@ def configure(params, horizon):
 )
 def test_normal_form_ignores_comments_layout_and_docstrings(change):
     assert change(PROGRAM) != PROGRAM
-    assert normal_form(change(PROGRAM)) == normal_form(PROGRAM)
+    assert form(change(PROGRAM)) == form(PROGRAM)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +403,7 @@ def test_normal_form_ignores_comments_layout_and_docstrings(change):
 )
 def test_normal_form_tells_programs_apart(change):
     assert change(PROGRAM) != PROGRAM
-    assert normal_form(change(PROGRAM)) != normal_form(PROGRAM)
+    assert form(change(PROGRAM)) != form(PROGRAM)
 
 
 @pytest.mark.parametrize(
@@ -410,12 +414,26 @@ def test_normal_form_tells_programs_apart(change):
      ("def f(): 'a'", "def f(): 'a'; 'b'")],
 )  # fmt: skip
 def test_normal_form_tells_apart(one, other):
-    assert normal_form(one) != normal_form(other)
+    assert form(one) != form(other)
 
 
 def test_normal_form_of_a_deep_expression():
     """A sum of two thousand terms is a tree two thousand deep: legal, and no reason to raise."""
-    assert normal_form("x = " + "+".join("1" * 2000)) != normal_form("x = " + "+".join("1" * 2001))
+    assert form("x = " + "+".join("1" * 2000)) != form("x = " + "+".join("1" * 2001))
+
+
+def test_normal_form_is_of_all_files_and_their_names():
+    one, other = "x = 1\n", "x = 2\n"
+    both = normal_form({"a.py": one, "b.py": other})
+    assert both == normal_form({"b.py": other + "# same", "a.py": one})
+    assert len({both, normal_form({"a.py": other, "b.py": one}), normal_form({"a.py": one}), form(one)}) == 4
+
+
+def test_a_syntax_error_names_its_file():
+    with pytest.raises(SyntaxError) as caught:
+        parse_source("def f(:", "train.py")
+    assert caught.value.filename == "train.py"
+    assert parse_source("x = 'a\\d'", "train.py").body  # without a warning
 
 
 # --- speed ---

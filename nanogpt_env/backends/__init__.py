@@ -27,8 +27,9 @@ class RunHandle(Protocol):
 class Backend(Protocol):
     """Raises `BackendError` for failures of its own; a candidate's failure is a `RunResult`."""
 
-    def start(self, job: Job) -> RunHandle:
-        """At once; the run itself waits for a slot."""
+    def start(self, job: Job, share: bool = False) -> RunHandle:
+        """At once; the run itself waits for a slot. With `share`, the result of an identical run that was trained on
+        this host may stand for it; a backend need not."""
 
     def exclusive(self, on_wait: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
         """The device for timed runs: inside, runs that this thread starts are the only ones of this user on this host.

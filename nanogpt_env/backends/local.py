@@ -143,7 +143,7 @@ class LocalBackend:
         self._spare: LocalRun | None = None
         self._lock = threading.Lock()
 
-    def start(self, job: Job) -> LocalRun:
+    def start(self, job: Job, share: bool = False) -> LocalRun:
         with self._lock:
             if self.sandbox == "auto":
                 self.sandbox = sandbox_report()["auto"]

@@ -6,64 +6,28 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
 
 from nanogpt_env.backends import Backend, RunHandle
+from nanogpt_env.backends.threaded import ThreadedRun
 from nanogpt_env.errors import BackendError
 from nanogpt_env.slots import Slots
-from nanogpt_env.types import Job, Progress, RunResult, SandboxInfo
+from nanogpt_env.types import Job, RunResult
 
 POLL_S = 0.2
-NOT_STARTED = SandboxInfo(name="none", trusted=True, note="the run was not started")
 
 
-class QueuedRun:
+class QueuedRun(ThreadedRun):
     """A run that starts once it has a core, and gives it back when it ends."""
 
     def __init__(self, start: Callable[[Job], RunHandle], job: Job, slots: Slots) -> None:
-        self._run: RunHandle | None = None
-        self._cancelled, self._ended = threading.Event(), threading.Event()
-        self._result: RunResult | None = None
-        self._error = ""
-        self._lock = threading.Lock()  # between starting and cancelling
-        threading.Thread(target=self._work, args=(start, job, slots), daemon=True).start()
+        super().__init__()
+        self._start, self._job, self._slots = start, job, slots
+        self.begin()
 
-    def progress(self) -> Progress | None:
-        return self._run.progress() if self._run else None
-
-    def done(self) -> bool:
-        return self._ended.is_set()
-
-    def result(self, timeout: float | None = None) -> RunResult:
-        if not self._ended.wait(timeout):
-            raise TimeoutError(f"the run did not end within {timeout} s")
-        if self._result is None:
-            raise BackendError(self._error)
-        return self._result
-
-    def cancel(self) -> None:
-        with self._lock:
-            self._cancelled.set()
-            if self._run:
-                self._run.cancel()
-
-    def _work(self, start: Callable[[Job], RunHandle], job: Job, slots: Slots) -> None:
-        try:
-            with slots.acquire(cancelled=self._cancelled.is_set) as slot:
-                with self._lock:
-                    if self._cancelled.is_set():
-                        raise CancelledError
-                    self._run = start(job.model_copy(update={"cores": (slot.core,)}))
-                self._result = self._run.result()
-        except CancelledError:
-            detail = "the run was cancelled while it waited for a core"
-            self._result = RunResult(exit_reason="cancelled", detail=detail, sandbox=NOT_STARTED)
-        except BackendError as error:
-            self._error = str(error)
-        except Exception as error:
-            self._error = f"the run could not be followed: {error!r}"
-        finally:
-            self._ended.set()
+    def _obtain(self) -> RunResult:
+        with self._slots.acquire(cancelled=self._cancelled.is_set) as slot:
+            job = self._job.model_copy(update={"cores": (slot.core,)})
+            return self._follow(lambda: self._start(job))
 
 
 class Queued:
@@ -76,7 +40,7 @@ class Queued:
         self._session: tuple[int, tuple[int, ...]] | None = None
         """thread and cores of an exclusive session"""
 
-    def start(self, job: Job) -> RunHandle:
+    def start(self, job: Job, share: bool = False) -> RunHandle:
         if self._session and self._session[0] == threading.get_ident():
             # the last core: what the system itself does is mostly done on the first
             return self.inner.start(job.model_copy(update={"cores": self._session[1][-1:]}))
@@ -95,8 +59,7 @@ class Queued:
                 on_wait()
             return False
 
-        slot = self.slots.acquire_all(cancelled=waiting)
-        with slot:
+        with self.slots.acquire_all(cancelled=waiting) as slot:
             self._session = threading.get_ident(), slot.cores
             try:
                 yield

@@ -6,7 +6,7 @@ import speedrun
 from speedrun import GPT, config
 
 ROWS, LENGTH = 8, config.model.seq_len
-STEPS = 450
+STEPS = 388
 LEARNING_RATES = {"embed": 0.015, "head": 0.012, "blocks": 0.005}
 WARMUP_STEPS = 30
 COOLDOWN = 0.7  # share of the steps
