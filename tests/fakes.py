@@ -74,7 +74,7 @@ class FakeBackend:
     def jobs(self):
         return [run.job for run in self.runs]
 
-    def start(self, job):
+    def start(self, job, share=False):
         number = len(self.runs) + 1
         run = FakeRun(job, None, number in self.hold)
         self.runs.append(run)

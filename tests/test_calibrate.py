@@ -397,9 +397,13 @@ def command(monkeypatch, folder, capsys):
 
 
 def test_the_command_writes_the_calibration(command, folder):
-    code, out, _ = command("--json")
+    code, out, backend = command("--json")
     measured = load_tier(folder).measured
     assert code == 0
+    assert {len(job.cores) for job in backend.jobs} == {1}  # each waited for its turn at one
+    assert command("--fresh")[2].jobs
+    assert command()[2].jobs == []  # whichever core they had, finished runs are kept
+    assert load_tier(folder).measured.sigma > 0
     assert json.loads(out) == json.loads(measured.model_dump_json(exclude={"evidence"}))
 
 

@@ -13,7 +13,8 @@ from conftest import TINY
 from helpers import copy_tier
 
 import nanogpt_env
-from nanogpt_env.cli import app, tiers_app
+from nanogpt_env.cli import app
+from nanogpt_env.cli_tiers import tiers_app
 from nanogpt_env.tiers import builtin_tiers, load_tier
 from nanogpt_env.types import RunResult, Verdict
 
@@ -21,7 +22,9 @@ COMMAND = Path(sys.executable).parent / "nanogpt-env"
 TIER = load_tier(TINY)
 FAST = TIER.records["fast"]
 CLAIM = TIER.measured.records["fast"].claim or FAST.horizon
-COMMANDS = ["doctor", "tiers list", "tiers show", "tiers calibrate", "new", "run", "submit", "play", "replay"]
+COMMANDS = [
+    "doctor", "tiers list", "tiers show", "tiers calibrate", "tiers time", "new", "run", "submit", "play", "replay",
+]  # fmt: skip
 
 
 def call(*arguments, env=None, **options):
@@ -56,7 +59,7 @@ def call_json(*arguments, code=0, **options):
 def candidate(tmp_path):
     """A folder with the anchor's optimizer.py, or another text or bytes."""
 
-    def make(content=FAST.source, name="optimizer.py"):
+    def make(content=FAST.sources["optimizer.py"], name="optimizer.py"):
         folder = tmp_path / "candidate"
         folder.mkdir(exist_ok=True)
         if content is not None:
@@ -147,6 +150,8 @@ def test_an_error_is_a_json_object_too(candidate, content, code):
         (["tiers", "show", "nowhere"], "no tier 'nowhere'"),
         (["tiers", "calibrate", "nowhere"], "no tier 'nowhere'"),
         (["tiers", "calibrate", TINY, "--seeds", "2"], "--seeds"),
+        (["tiers", "time", TINY], "tiny-steps is a tier of the steps track"),
+        (["tiers", "time", "nowhere"], "no tier 'nowhere'"),
         (["new", "{folder}", "--tier", TINY], "is not empty"),
         (["new", "{file}", "--tier", TINY], "Not a directory"),
         (["new", "{missing}", "--tier", "nowhere"], "no tier 'nowhere'"),
@@ -230,6 +235,7 @@ def test_tiers_list():
     for row in rows.values():
         assert row["start"]["value"] > row["anchor"]["value"] > 0
         assert row["start_flops"] > 1e9
+        assert row["track"] == row["tier"].split("-")[-1]
     text = call("tiers", "list").stdout
     assert all(name in text for name in builtin_tiers())
 
@@ -237,7 +243,10 @@ def test_tiers_list():
 def test_tiers_show():
     found = call_json("tiers", "show", TINY)
     assert found["tier"] == "tiny-steps"
+    assert found["track"] == "steps"
     assert found["start"] == {"record": "slow", "value": TIER.value_of("slow")}
+    flops = TIER.value_of("slow") * TIER.tokens_per_step() * TIER.flops_per_token()
+    assert found["start_flops"] == pytest.approx(flops)
     assert found["settings"]["training"]["target"] == TIER.table.training.target
     assert found["calibration"]["sigma"] == TIER.measured.sigma
     assert "evidence" not in found["calibration"]
@@ -254,7 +263,7 @@ def test_a_tier_that_is_not_calibrated_says_what_to_do(tmp_path):
 def test_new_makes_what_run_accepts(tmp_path):
     folder = tmp_path / "made"
     assert call_json("new", folder, "--tier", TINY) == {"folder": str(folder), "files": ["optimizer.py", "task.md"]}
-    assert (folder / "optimizer.py").read_text() == TIER.records["slow"].source
+    assert (folder / "optimizer.py").read_text() == TIER.records["slow"].sources["optimizer.py"]
     assert (folder / "task.md").read_text() == TIER.task
     found = call_json("run", folder, "--tier", TINY, "--horizon", 40, "--steps", 12, "--seed", 1)
     assert set(found) == {"tier", "handle", "done", "horizon", "seed", *RunResult.model_fields}
@@ -292,7 +301,7 @@ def test_an_accepted_submission_is_code_0_and_its_ledger_agrees(candidate):
     arguments = ["--tier", TINY, "--claim", CLAIM, "--horizon", FAST.horizon]
     found = call_json("submit", candidate(), *arguments)
     assert set(found) == {*Verdict.model_fields, "reward", "recovered", "ledger"}
-    assert (found["accepted"], found["claim"]) == (True, CLAIM)
+    assert (found["accepted"], found["claim"], found["value"], found["time"]) == (True, CLAIM, CLAIM, None)
     assert found["reward"] == found["recovered"] > 0.8
     replayed = call_json("replay", found["ledger"])
     assert replayed["differences"] == []
@@ -330,6 +339,7 @@ def test_play_and_replay(tmp_path):
     assert [v["accepted"] for v in found["verdicts"]] == [False, True]  # it claims too much once
     assert all(v["trusted"] for v in found["verdicts"])
     assert found["recovered"] >= 0.8
+    assert (found["best"], found["unit"]) == (found["verdicts"][1]["value"], "steps")
     assert found["total_reward"] == pytest.approx(found["recovered"])
     assert json.loads((output / "summary.json").read_text()) == found
     assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from rules import rule_job
 from test_timed import job_of
 
 from nanogpt_env.backends.local import LocalBackend
@@ -34,15 +35,16 @@ def blocks(language):
 @pytest.mark.parametrize("text", blocks("python"))
 def test_python_blocks(text, tmp_path):
     if "speedrun.save" in text:  # training code, not a script
+        assert judge_source(text, "train.py") == []
         backend = LocalBackend("auto")
         result = backend.start(job_of(load_tier(TINY), text)).result(60)
         backend.close()
         assert result.completed, result.log
         return
     if "def configure" in text:  # a candidate, not a script
-        assert judge_source(text) == []
+        assert judge_source(text, "optimizer.py") == []
         backend = LocalBackend("auto")
-        result = backend.start(load_tier(TINY).job(text, 10, 10, "docs", ("val_public",))).result(60)
+        result = backend.start(rule_job(load_tier(TINY), text, 10, "docs")).result(60)
         backend.close()
         assert result.completed, result.log
         return

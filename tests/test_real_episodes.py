@@ -23,8 +23,8 @@ import sys
 from nanogpt_env import cli, display
 
 class Told(display.RunProgress):
-    def __call__(self, n, handle):
-        super().__call__(n, handle)
+    def __call__(self, what, handle):
+        super().__call__(what, handle)
         progress = handle.progress()
         if progress and progress.done > 2:
             print("training", flush=True)
@@ -38,7 +38,7 @@ def test_an_episode_from_the_start_record_to_beyond_it(tmp_path):
     before = of_this_process()
     env = Speedrun(TINY, state_dir=tmp_path)
     env.reset()
-    env.step(WriteFile(path="optimizer.py", text=FAST.source))
+    env.step(WriteFile(path="optimizer.py", text=FAST.sources["optimizer.py"]))
 
     observation, reward, _, _, info = env.step(Run(horizon=FAST.horizon))
     assert info["run"]["exit_reason"] == "completed", observation["text"]
@@ -98,7 +98,7 @@ def training(tmp_path):
     """Starts the command line tool and waits until it trains."""
     folder = tmp_path / "candidate"
     folder.mkdir()
-    (folder / "optimizer.py").write_text(FAST.source)
+    (folder / "optimizer.py").write_text(FAST.sources["optimizer.py"])
     started = []
 
     def start(command, *options):

@@ -105,7 +105,8 @@ print(nanogpt_env.__file__, content_root(), *builtin_tiers())
 for name in builtin_tiers():
     tier = load_tier(name, calibrated=False)
     assert (tier.corpus_folder() / "train.bin.xz").is_file()
-    assert not any(judge_source(record.source) for record in tier.records.values())
+    for record in tier.records.values():
+        assert not any(judge_source(text, name) for name, text in record.sources.items())
 """
     file, content, *tiers = python(code, site)
     assert file == str(site / "nanogpt_env" / "__init__.py")

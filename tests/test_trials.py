@@ -1,0 +1,162 @@
+"""What a verification runs next and what it says, fed with losses and seconds made by hand."""
+
+import math
+
+import pytest
+from helpers import BOUNDARY, LEVEL, SIGMA, TARGET
+
+from nanogpt_env.stats import SequentialTest
+from nanogpt_env.timing import PairTest, order
+from nanogpt_env.trials import MAX_SESSIONS, LossTrial, TimeTrial, Turn
+
+LOSS_TEST = SequentialTest.for_tier(TARGET, SIGMA, LEVEL, 5, 14, BOUNDARY)
+PAIR_TEST = PairTest(pairs=5, level=LEVEL, floor=0.015)
+GOOD, BAD = TARGET - 0.09, TARGET + 0.03
+
+
+def undecided(n):
+    """Losses that the test looks at more than five of."""
+    return TARGET - 1.2 * SIGMA + SIGMA * (-1) ** n
+
+
+def trial(value=0.8):
+    return TimeTrial(LOSS_TEST, PAIR_TEST, value)
+
+
+def play(trial, loss=lambda n: GOOD, candidate=lambda turn: 20.0, incumbent=lambda turn: 30.0, most=100):
+    """Run a trial to its end; the turns that it asked for."""
+    turns = []
+    for _ in range(most):
+        if trial.outcome != "continue":
+            return turns
+        turn = trial.turn()
+        turns.append(turn)
+        n = sum(t.role == "candidate" for t in turns)
+        if turn.role == "candidate":
+            trial.add(turn, loss(n), candidate(turn))
+        else:
+            trial.add(turn, BAD, incumbent(turn))
+    raise AssertionError("the trial does not end")
+
+
+def test_on_the_steps_track_it_is_the_sequential_test():
+    for losses in ([GOOD] * 5, [BAD], [undecided(n) for n in range(14)], [GOOD, math.inf]):
+        t = LossTrial(LOSS_TEST, 140)
+        for loss in losses[: LOSS_TEST.decide(losses).n]:
+            assert t.outcome == "continue"
+            assert t.turn() == Turn("candidate")
+            t.add(t.turn(), loss, 1.0)
+        assert t.outcome == LOSS_TEST.decide(losses).outcome
+        assert t.reason == LOSS_TEST.decide(losses).reason
+    assert (t.value(), t.timing, t.parallel) == (140, None, True)
+
+
+def test_a_session_begins_with_a_warm_up_and_goes_in_abba_order():
+    turns = play(trial())
+    assert turns[0] == Turn("warm-up", 1)
+    expected = ["candidate" if ours else "incumbent" for pair in order(5) for ours in pair]
+    assert [t.role for t in turns[1:]] == expected
+    assert expected[:4] == ["incumbent", "candidate", "candidate", "incumbent"]
+    assert {t.session for t in turns} == {1}
+
+
+def test_faster_and_below_the_target_is_accepted_at_the_bound():
+    t = trial(value=0.8)
+    play(t)
+    assert t.outcome == "accept"
+    assert t.losses == [GOOD] * 5  # the incumbent's are not among them
+    upper = math.log(20 / 30) + PAIR_TEST.half_width
+    assert t.timing.ratio == pytest.approx(20 / 30)
+    assert t.timing.bound == pytest.approx(math.exp(upper))
+    assert t.timing.seconds == pytest.approx(20)
+    assert t.value() == pytest.approx(0.8 * math.exp(upper))
+    assert "faster" in t.shown
+
+
+@pytest.mark.parametrize("seconds", [30.0, 29.5, 31.0])
+def test_not_shown_faster_is_a_rejection_whatever_the_loss(seconds):
+    t = trial()
+    play(t, candidate=lambda turn: seconds)
+    assert t.outcome == "reject"
+    assert "faster" in t.not_shown
+
+
+def test_a_hopeless_candidate_is_given_up_early():
+    t = trial()
+    turns = play(t, candidate=lambda turn: 40.0)
+    assert len(turns) == 3
+    assert t.outcome == "reject"
+    assert "given up after 1 of 5 pairs" in t.reason
+    assert t.timing is None
+
+
+def test_faster_but_above_the_target_is_a_rejection():
+    t = trial()
+    turns = play(t, loss=lambda n: BAD)
+    assert t.outcome == "reject"
+    assert [x.role for x in turns] == ["warm-up", "incumbent", "candidate"]  # no time is spent on what is lost
+    assert "mean loss" in t.not_shown
+
+
+def test_an_open_loss_is_decided_by_further_runs_of_the_candidate_alone():
+    t = trial()
+    turns = play(t, loss=undecided)
+    assert len(turns) > 11
+    assert {x for x in turns[11:]} == {Turn("candidate", 0)}
+    assert t.outcome == LOSS_TEST.decide(t.losses).outcome
+    assert t.timing.ratio == pytest.approx(20 / 30)
+
+
+def test_only_once_the_time_is_decided_runs_may_overlap():
+    t, seen = trial(), []
+    while t.outcome == "continue":
+        seen.append(t.parallel)
+        t.add(t.turn(), undecided(len(seen)), 20.0 if t.turn().role == "candidate" else 30.0)
+    assert not any(seen[:11])
+    assert all(seen[11:])
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_a_run_that_does_not_complete_is_a_rejection(k):
+    t = trial()
+    play(t, loss=lambda n: math.inf if n == k else GOOD)
+    assert t.outcome == "reject"
+    assert len(t.losses) == k
+
+
+def drifting(trial):
+    """An incumbent that gets slower from run to run of a session."""
+    return lambda turn: 30.0 * 1.05 ** len(trial._incumbent)
+
+
+def test_an_incumbent_that_drifts_voids_the_session_and_its_losses_count():
+    t = trial()
+    turns = play(t, incumbent=lambda turn: 30.0 if turn.session > 1 else drifting(t)(turn))
+    assert [x for x in turns if x.role == "warm-up"] == [Turn("warm-up", 1), Turn("warm-up", 2)]
+    assert t.outcome == "accept"
+    assert t.losses == [GOOD] * 5  # decided in the first session; what came later was not looked at
+    assert t.timing.ratio == pytest.approx(20 / 30)  # of the second session alone
+
+
+def test_a_host_too_unsteady_to_time_anything_decides_nothing():
+    t = trial()
+    turns = play(t, incumbent=lambda turn: drifting(t)(turn))
+    assert t.outcome == "void"
+    assert len(turns) == MAX_SESSIONS * 11
+    assert f"{MAX_SESSIONS} sessions" in t.reason
+
+
+def test_void_sessions_give_no_second_chance_on_the_loss():
+    t = trial()
+    play(t, loss=lambda n: BAD if n > 6 else undecided(n), incumbent=lambda turn: drifting(t)(turn))
+    assert t.outcome == "reject"
+
+
+def test_the_losses_looked_at_do_not_depend_on_how_the_times_come_out():
+    """Sessions stop looking at losses where the loss test alone would."""
+    losses = [TARGET - 0.6 * SIGMA + SIGMA * math.sin(7 * n) for n in range(1, 40)]
+    t = trial()
+    play(t, loss=lambda n: losses[n - 1], incumbent=lambda turn: drifting(t)(turn) if turn.session < 3 else 30.0)
+    n = len(t.losses)
+    assert t.losses == losses[:n]
+    assert LOSS_TEST.decide(losses).n == n

@@ -1,0 +1,325 @@
+"""The wallclock track in the package: tier, verification, episode, ledger. Scripted runs; the last test trains."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from fakes import LOST, FakeBackend
+from helpers import edit
+
+from nanogpt_env import EditFile, ReadFile, Run, Speedrun, Submit, WriteFile
+from nanogpt_env.agents import LadderAgent, play
+from nanogpt_env.backends.local import LocalBackend
+from nanogpt_env.errors import ActionError, BackendError, TierError
+from nanogpt_env.ledger import read_ledger
+from nanogpt_env.replay import replay
+from nanogpt_env.tables import HostTiming
+from nanogpt_env.tiers import host_timing_path, load_tier, write_calibration
+from nanogpt_env.tracks import WallclockTier
+from nanogpt_env.trials import MAX_SESSIONS
+from nanogpt_env.types import RunResult, SandboxInfo
+from nanogpt_env.verify import Program, Submission, verify
+
+TINY = Path(__file__).parent / "tiny-wallclock"
+TIER = load_tier(TINY)
+SLOW, FAST = (TIER.records[name].sources["train.py"] for name in ("slow", "fast"))
+GOOD = TIER.table.training.target - 0.5
+SUBMISSION = Submission("submission-1", "abc", {"train.py": FAST}, None)
+INCUMBENT = Program("slow", {"train.py": SLOW}, 1.0)
+PAIRS = TIER.table.verification.pairs
+
+
+def timed(job, loss, seconds, **changes):
+    """What a run of `job` yields that trains for `seconds`."""
+    fields = {
+        "exit_reason": "completed",
+        "val_losses": dict.fromkeys(job.final_shards, loss),
+        "steps": 10,
+        "tokens": job.tokens,
+        "device_seconds": seconds + 1,
+        "train_seconds": seconds,
+        "sandbox": SandboxInfo(name="fake", version="1", trusted=True),
+    }
+    return RunResult(**(fields | changes))
+
+
+def backend(times, loss=lambda number: GOOD, **options):
+    """`times` maps a source to its training seconds, or to a function of the number of the start."""
+
+    def script(job, number):
+        seconds = times[job.sources["train.py"]]
+        return timed(job, loss(number), seconds(number) if callable(seconds) else seconds)
+
+    return FakeBackend(script, **options)
+
+
+def make(tmp_path, back, **options):
+    env = Speedrun(TINY, backend=back, state_dir=tmp_path / "ledgers", **options)
+    env.reset()
+    return env
+
+
+def lines(env, kind):
+    return [line for line in read_ledger(env.episode.ledger.path)[0] if line["kind"] == kind]
+
+
+# --- the tier ---
+
+
+def test_a_wallclock_tier_is_one(tmp_path):
+    assert isinstance(TIER, WallclockTier)
+    assert (TIER.files, TIER.value_of("slow")) == (("train.py",), 1.0)
+    assert TIER.value_of("fast") == pytest.approx(0.3 * math.exp(TIER.pair_test().half_width))
+    job = TIER.job({"train.py": "pass"}, None, "seed", ("val_hidden",))
+    assert (job.track, job.sources, job.tokens) == ("wallclock", {"train.py": "pass"}, 102400)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: edit(f / "env.toml", "tokens = 102400", "tokens = 102401"),
+        lambda f: edit(f / "env.toml", "pairs = 3", "pairs = 4"),
+        lambda f: edit(f / "env.toml", "drift = 10", "drift = 11"),
+        lambda f: edit(f / "records" / "fast" / "train.py", "STEPS = 120", "STEPS = 121"),
+    ],
+)
+def test_a_stale_calibration_is_refused(tmp_path, change):
+    folder = tmp_path / "tier"
+    shutil.copytree(TINY, folder)
+    change(folder)
+    with pytest.raises(TierError, match="changed after its calibration"):
+        load_tier(folder)
+
+
+def test_times_of_this_host_replace_those_of_the_calibration(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOGPT_ENV_STATE", str(tmp_path))
+    path = host_timing_path(TIER.name)
+    path.parent.mkdir()
+    mine = TIER.timing.model_copy(update={"log_ratios": {"fast": math.log(0.5)}, "pair_sd": 0.05})
+    write_calibration(path, mine)
+    here = load_tier(TINY)
+    assert (here.pair_test().floor, here.timing) == (0.05, mine)
+    assert here.value_of("fast") == pytest.approx(0.5 * math.exp(here.pair_test().half_width))
+    # of a tier that has changed since: not used
+    write_calibration(path, mine.model_copy(update={"fingerprint": "another"}))
+    assert load_tier(TINY).timing == TIER.timing
+    path.write_text("{")
+    with pytest.raises(TierError, match="tiers time tiny-wallclock"):
+        load_tier(TINY)
+    assert HostTiming.model_validate(mine.model_dump()) == mine
+
+
+# --- verification ---
+
+
+def test_candidate_and_incumbent_run_in_turn_in_one_session():
+    back = backend({FAST: 1.0, SLOW: 2.0})
+    verdict, evidence = verify(TIER, back, SUBMISSION, INCUMBENT)
+    assert verdict.accepted
+    assert back.sessions == 1
+    whose = ["F" if job.sources["train.py"] == FAST else "S" for job in back.jobs[: 2 * PAIRS + 1]]
+    assert "".join(whose) == "S" + "SF" + "FS" + "SF"
+    assert back.most_at_once <= TIER.table.verification.slots
+    assert [r.role for r in evidence.reruns[:3]] == ["warm-up", "incumbent", "candidate"]
+    assert {r.session for r in evidence.reruns[: 2 * PAIRS + 1]} == {1}
+    assert len({job.seed for job in back.jobs}) == len(back.jobs)
+    bound = 0.5 * math.exp(TIER.pair_test().half_width)
+    assert verdict.value == pytest.approx(bound) == pytest.approx(verdict.time.bound)
+    assert (verdict.time.ratio, verdict.time.seconds) == (pytest.approx(0.5), pytest.approx(1.0))
+    assert (verdict.claim, verdict.horizon, evidence.incumbent) == (None, None, "slow")
+    assert set(evidence.tests) == {"loss", "pairs"}
+
+
+def test_the_pairs_run_one_at_a_time():
+    back = backend({FAST: 3.0, SLOW: 2.0})
+    assert not verify(TIER, back, SUBMISSION, INCUMBENT)[0].accepted
+    assert back.most_at_once == 1
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.95, 1.05])
+def test_what_is_not_shown_faster_is_rejected(ratio):
+    verdict, evidence = verify(TIER, backend({FAST: 2 * ratio, SLOW: 2.0}), SUBMISSION, INCUMBENT)
+    assert not verdict.accepted
+    assert verdict.value is None
+    assert verdict.reason == "rejected: the paired runs do not show that it is faster than the incumbent"
+    assert "log ratio" in evidence.reason or "given up" in evidence.reason
+
+
+def test_a_loss_above_the_target_is_rejected_however_fast():
+    back = backend({FAST: 0.1, SLOW: 2.0}, loss=lambda n: TIER.table.training.target + 0.2)
+    verdict, _ = verify(TIER, back, SUBMISSION, INCUMBENT)
+    assert not verdict.accepted
+    assert verdict.reason == "rejected: the runs do not show a mean loss below the target"
+    assert len(back.jobs) == 3
+
+
+@pytest.mark.parametrize("k", [3, 5, 7])
+def test_a_crash_of_the_candidate_in_any_pair_is_a_rejection(k):
+    def script(job, number):
+        seconds = 1.0 if job.sources["train.py"] == FAST else 2.0
+        failed = {"exit_reason": "candidate_error", "val_losses": {}} if number >= k and seconds == 1.0 else {}
+        return timed(job, GOOD, seconds, **failed)
+
+    verdict, _ = verify(TIER, FakeBackend(script), SUBMISSION, INCUMBENT)
+    assert not verdict.accepted
+    assert verdict.reason == "rejected: a rerun did not complete (candidate_error)"
+    assert verdict.coarse_loss is None
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_crash_of_the_incumbent_is_ours_and_redone_once(k):
+    def script(job, number):
+        fails = number in (k, k + 1) if twice else number == k
+        failed = {"exit_reason": "candidate_memory", "val_losses": {}} if fails else {}
+        return timed(job, GOOD, 1.0 if job.sources["train.py"] == FAST else 2.0, **failed)
+
+    twice, redone = False, []
+    verdict, _ = verify(TIER, FakeBackend(script), SUBMISSION, INCUMBENT, on_redo=lambda n, e: redone.append((n, e)))
+    assert verdict.accepted
+    assert [n for n, _ in redone] == [k]
+    assert "candidate_memory" in redone[0][1]
+    twice = True
+    with pytest.raises(BackendError, match="slow did not complete"):
+        verify(TIER, FakeBackend(script), SUBMISSION, INCUMBENT)
+
+
+def test_an_unsteady_host_decides_nothing_and_charges_nothing(tmp_path):
+    count = 2 * PAIRS + 1
+
+    def unsteady(number):  # each session: the incumbent slows down tenfold
+        return 2.0 if number % count < count // 2 else 20.0
+
+    back = backend({SLOW: unsteady, FAST: 0.1, SLOW + "\n": unsteady})
+    env = make(tmp_path, back)
+    env.step(WriteFile(path="train.py", text=FAST))
+    observation, reward, *_, info = env.step(Submit())
+    assert info["error"] == "BackendError"
+    assert f"{MAX_SESSIONS} sessions" in observation["text"]
+    assert (reward, env.episode.budget.spent("submissions")) == (0, 0)
+    assert env.episode.budget.verification_device_seconds > 0
+    assert len(lines(env, "void")) == 1
+    assert lines(env, "rerun")[-1]["session"] == MAX_SESSIONS
+    env.close()
+    assert replay(env.episode.ledger.path).differences == []
+
+
+def test_a_failure_of_ours_in_a_session_cancels_all_and_leaves_the_session():
+    back = backend({FAST: 1.0, SLOW: 2.0})
+    whole = back.script
+    back.script = lambda job, number: LOST if number >= 4 else whole(job, number)
+    with pytest.raises(BackendError, match="node lost"):
+        verify(TIER, back, SUBMISSION, INCUMBENT)
+    assert back.sessions == 1
+
+
+# --- an episode ---
+
+
+def test_rewards_follow_the_bound_and_the_best_becomes_the_incumbent(tmp_path):
+    faster = FAST.replace("STEPS = 120", "STEPS = 60")
+    assert faster != FAST
+    env = make(tmp_path, backend({SLOW: 4.0, FAST: 2.0, faster: 1.0}))
+    env.step(WriteFile(path="train.py", text=FAST))
+    _, first, *_, info = env.step(Submit())
+    up = math.exp(TIER.pair_test().half_width)
+    assert info["best"] == pytest.approx(0.5 * up)
+    assert first == pytest.approx((1 - 0.5 * up) / (1 - TIER.value_of("fast")))
+    env.step(EditFile(path="train.py", old="STEPS = 120", new="STEPS = 60"))
+    _, second, *_, info = env.step(Submit())
+    assert info["best"] == pytest.approx(0.25 * up * up)
+    assert first + second == pytest.approx(info["recovered"])
+    evidence = sorted((env.episode.folder / "evidence").iterdir())
+    assert [json.loads(p.read_text())["incumbent"] for p in evidence] == ["slow", "submission-1"]
+    # its former self is slower than the incumbent by now, and had its verdict
+    env.step(WriteFile(path="train.py", text=FAST))
+    *_, info = env.step(Submit())
+    assert info["verdict"]["cached"]
+    env.close()
+    again = replay(env.episode.ledger.path)
+    assert again.differences == []
+    assert again.total_reward == pytest.approx(first + second)
+
+
+def test_a_forged_time_in_the_ledger_shows(tmp_path):
+    env = make(tmp_path, backend({SLOW: 4.0, FAST: 3.0}))
+    env.step(WriteFile(path="train.py", text=FAST))
+    env.step(Submit())
+    env.close()
+    path = env.episode.ledger.path
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "rerun" and row["role"] == "candidate" and row["session"]:
+            row["train_seconds"] = 1.0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert any("submission-1" in line for line in replay(path).differences)
+
+
+@pytest.mark.parametrize("action", [Run(horizon=5), Run(steps=5), Submit(claim=5), Submit(horizon=5)])
+def test_steps_and_claims_are_of_the_other_track(tmp_path, action):
+    back = backend({SLOW: 4.0})
+    env = make(tmp_path, back)
+    observation, *_, info = env.step(action)
+    assert info["error"] == "ActionError"
+    assert "wallclock tier" in observation["text"]
+    assert back.jobs == []
+
+
+def test_a_run_shows_time_and_loss_and_reserves_what_it_may_use(tmp_path):
+    env = make(tmp_path, backend({SLOW: 4.0}))
+    observation, *_, info = env.step(Run())
+    assert "train_seconds: 4.00" in observation["text"]
+    assert f"{GOOD:.4f}" in observation["text"]
+    assert (info["run"]["horizon"], info["run"]["train_seconds"]) == (None, 4.0)
+    assert env.episode.budget.spent("tokens") == 102400
+    with pytest.raises(ActionError, match="no claims"):
+        env.episode.advice({"train.py": SLOW}, 5)
+
+
+def test_the_judge_reads_training_code_by_its_own_rules(tmp_path):
+    back = backend({SLOW: 4.0})
+    env = make(tmp_path, back)
+    env.step(EditFile(path="train.py", old="import torch\n", new="import torch\nimport subprocess\n"))
+    observation, *_, info = env.step(Run())
+    assert info["error"] == "JudgeError"
+    assert "train.py" in observation["text"]
+    assert "may not import subprocess" in observation["text"]
+    assert "speedrun" in observation["text"]
+    assert back.jobs == []
+
+
+def test_the_observation_is_one_of_the_space_on_both_tracks(tmp_path):
+    env = make(tmp_path, backend({SLOW: 4.0}), render_mode="ansi")
+    for action in (ReadFile(path="train.py"), Run(), Submit()):
+        observation = env.step(action)[0]
+        assert env.observation_space.contains(observation)
+    assert "of the start's time" in env.render()
+
+
+# --- for real ---
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """The ladder on the tiny tier, trained in the sandbox."""
+    local = LocalBackend("bubblewrap", warm=True)
+    env = Speedrun(TINY, backend=local, state_dir=tmp_path_factory.mktemp("ledgers"))
+    result = play(env, LadderAgent(env.tier))
+    env.close()
+    local.close()
+    return env, result
+
+
+def test_a_real_episode_is_verified_and_replays(played):
+    env, result = played
+    accepted = [v for v in result.verdicts if v["accepted"]]
+    assert accepted
+    assert accepted[0]["trusted"]
+    assert accepted[0]["time"]["ratio"] < 0.8  # 0.3 when nothing else runs
+    assert result.total_reward == pytest.approx(env.episode.recovered)
+    assert result.total_reward > 0
+    assert all(r["exit_reason"] == "completed" for r in result.runs)
+    again = replay(env.episode.ledger.path)
+    assert again.differences == []
+    assert again.recovered == pytest.approx(env.episode.recovered)
