@@ -102,7 +102,7 @@ def test_an_open_loss_is_decided_by_further_runs_of_the_candidate_alone():
     t = trial()
     turns = play(t, loss=undecided)
     assert len(turns) > 11
-    assert {x for x in turns[11:]} == {Turn("candidate", 0)}
+    assert set(turns[11:]) == {Turn("candidate", 0)}
     assert t.outcome == LOSS_TEST.decide(t.losses).outcome
     assert t.timing.ratio == pytest.approx(20 / 30)
 
