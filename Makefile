@@ -1,11 +1,12 @@
 # `make demo` and `make test` do all their own set-up: a virtual environment in .venv, pinned versions.
 PYTHON ?= python3
+TIER ?= nano-steps
 BIN := .venv/bin
 
 .PHONY: demo test check clean
 
 demo: .venv/installed
-	$(BIN)/nanogpt-env play --tier nano-steps --agent ladder --output demo-output
+	$(BIN)/nanogpt-env play --tier $(TIER) --agent ladder --output demo-output
 
 test: .venv/installed check
 	$(BIN)/python -m pytest

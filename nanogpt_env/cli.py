@@ -25,6 +25,7 @@ from nanogpt_env.cli_tiers import tiers_app
 from nanogpt_env.display import console, errors, print_json, say
 from nanogpt_env.env import Speedrun, StepResult
 from nanogpt_env.errors import ActionError, BackendError, JudgeError, NanoGPTError
+from nanogpt_env.slots import Slots
 from nanogpt_env.tiers import load_tier, tier_folders
 from nanogpt_env.tracks import StepsTier, Tier
 
@@ -146,6 +147,7 @@ def doctor(as_json: JsonOption = False) -> int:
         "cache": str(content.cache_dir()),
         "state": str(content.state_dir()),
         "sandboxes": sandbox_report(),
+        "slots": Slots("doctor").status(),
         "tiers": list(tier_folders()),
     }
     advice = []
@@ -169,10 +171,17 @@ def doctor(as_json: JsonOption = False) -> int:
             )
             table.add_row(f"sandbox {name}", state)
         table.add_row("sandbox auto", found["sandboxes"]["auto"])
+        table.add_row("slots", "\n".join(map(_slot, found["slots"])) or "all cores free")
         console.print(table)
         for line in advice:
             say(f"- {line}")
     return REJECTED if not found["torch"] else 0
+
+
+def _slot(row: dict[str, Any]) -> str:
+    what = "waits for a core" if row["core"] is None else f"core {row['core']}"
+    timed = ", a timed session" if row["exclusive"] else ""
+    return f"{what}: environment {row['owner']}, process {row['pid']}{timed}"
 
 
 def _version(package: str) -> str:
