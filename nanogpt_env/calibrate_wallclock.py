@@ -8,7 +8,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ def calibrate(
             for name in tier.records
         }
         boundary = boundary_of(tier, report)
-        timing = _time(tier, runs, [n for n in tier.records if n != start], sessions)
+        timing = _time(tier, runs, {n: sessions if n == anchor else 1 for n in tier.records if n != start})
         last = runs.last
     losses = {n: np.array([r.val_losses[tier.table.data.hidden] for r in rs]) for n, rs in results.items()}
     noise = {n: (float(x.std(ddof=1)), len(x)) for n, x in losses.items()}
@@ -83,7 +82,7 @@ def time_host(tier: WallclockTier, backend: Backend, sessions: int, report: Repo
     """Time the anchor beside the start record on this host. What is not measured here (other records) is taken from
     the calibration."""
     with contextlib.closing(Runs(tier, backend, 1, report, fresh=True, name=f"{tier.name}-timing")) as runs:
-        found = _time(tier, runs, [tier.table.reward.anchor], sessions)
+        found = _time(tier, runs, {tier.table.reward.anchor: sessions})
     known = tier.measured.timing
     return found.model_copy(
         update={
@@ -124,13 +123,13 @@ def _job(tier: WallclockTier, name: str) -> Job:
     return tier.job(tier.record(name).sources, None, "", (tier.table.data.hidden,))
 
 
-def _time(tier: WallclockTier, runs: Runs, names: Sequence[str], sessions: int) -> HostTiming:
-    """Sessions of pairs of each record against the start record."""
+def _time(tier: WallclockTier, runs: Runs, sessions: dict[str, int]) -> HostTiming:
+    """So many sessions of pairs of each record against the start record."""
     pairs, rows, evidence = tier.table.verification.pairs, {}, {}
     start = _job(tier, tier.table.reward.start)
-    for name in names:
+    for name, count in sessions.items():
         found = []
-        for session in range(1, sessions + 1):
+        for session in range(1, count + 1):
             what = f"{name}: session {session} of pairs with {tier.table.reward.start}"
             found.append(runs.pairs(what, _job(tier, name), start, pairs, session))
         rows[name] = np.array([np.log(ours) - np.log(theirs) for ours, theirs in found])  # (sessions, pairs)

@@ -367,7 +367,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 def _claim(verdict: dict[str, Any]) -> str:
-    """Steps that were claimed, or how the time compares with the incumbent's."""
+    """Steps that were claimed, or how the time compares with the start record's."""
     if verdict["claim"] is not None:
         return str(verdict["claim"])
     return f"time x {verdict['time']['ratio']:.3f}" if verdict["time"] else "undecided time"

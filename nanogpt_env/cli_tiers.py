@@ -130,7 +130,7 @@ def tiers_calibrate(
     reruns: Annotated[int, typer.Option(min=5, help="Reruns that value start and anchor.")] = 20,
     value: Annotated[list[str] | None, typer.Option(help="Value this record too; may be repeated.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time; each takes one core.")] = 1,
-    sessions: Annotated[int, typer.Option(min=2, help="Wallclock tiers: sessions of pairs of runs.")] = 2,
+    sessions: Annotated[int, typer.Option(min=2, help="Wallclock tiers: sessions of pairs of start and anchor.")] = 2,
     fresh: Annotated[bool, typer.Option(help="Forget the finished runs of an earlier calibration.")] = False,
     recompute: Annotated[
         bool, typer.Option(help="After a change of target, verification or budget: reuse the losses, train nothing.")

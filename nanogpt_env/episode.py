@@ -57,12 +57,13 @@ class Episode:
         self.tier, self.start, self.anchor, self.budget, self.backend = tier, start, anchor, budget, backend
         self.id = secrets.token_hex(8)
         self.folder = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{tier.name}-{self.id}"
-        self.start_value, self.anchor_value = tier.value_of(start), tier.value_of(anchor)
+        self.start_value, self.anchor_value = tier.start_value_of(start), tier.value_of(anchor)
         if not self.start_value > self.anchor_value:
             raise ActionError(
                 f"start record {start} ({tier.format(self.start_value)}) must be slower than anchor {anchor}"
             )
-        self.frontier = Program(start, tier.record(start).sources, self.start_value)
+        self.start_program = Program(start, tier.record(start).sources, self.start_value)
+        self.frontier = self.start_program
         """the best verified program so far"""
         self.runs: dict[str, AgentRun] = {}
         self.verdicts: list[Verdict] = []
@@ -245,7 +246,7 @@ class Episode:
         try:
             self.ledger.append("submit", submission=submission.id, snapshot=snapshot, claim=claim, horizon=horizon)
             verdict, evidence = verify(
-                self.tier, self.backend, submission, self.frontier, record, on_progress, redone, used
+                self.tier, self.backend, submission, self.start_program, self.best, record, on_progress, redone, used
             )
             seal(self.folder / "evidence" / f"{submission.id}.json", evidence.model_dump())
         except BaseException:

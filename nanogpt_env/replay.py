@@ -53,7 +53,7 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
     for line in lines[1:]:
         name = line.get("submission", "")
         if line["kind"] == "submit":
-            trials[name], offers[name] = _trial(head, line["claim"], out.best), line
+            trials[name], offers[name] = _trial(head, line["claim"], start, out.best), line
         elif line["kind"] == "rerun":
             loss = math.inf if line["loss"] is None else float(line["loss"])
             trials[name].add(Turn(line["role"], line["session"]), loss, line["train_seconds"])
@@ -79,11 +79,11 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
     return out
 
 
-def _trial(head: dict[str, Any], claim: int | None, best: float) -> Trial:
+def _trial(head: dict[str, Any], claim: int | None, start: float, best: float) -> Trial:
     loss_test = SequentialTest(**_whole(head["tests"]["loss"], "n_min", "n_max"))
     if head["track"] == "steps":
         return LossTrial(loss_test, float(claim or 0))
-    return TimeTrial(loss_test, PairTest(**_whole(head["tests"]["pairs"], "pairs")), best)
+    return TimeTrial(loss_test, PairTest(**_whole(head["tests"]["pairs"], "pairs")), start, best)
 
 
 def _whole(fields: dict[str, float], *names: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def timing_text(verdict: Verdict) -> str:
     if verdict.time is None:
         return ""
     t = verdict.time
-    return f"Time: {t.seconds:.2f} s, {t.ratio:.3f} of the incumbent's, at most {t.bound:.3f}. "
+    return f"Time: {t.seconds:.2f} s, {t.ratio:.3f} of the start record's, at most {t.bound:.3f}. "
 
 
 def state_text(episode: Episode) -> str:

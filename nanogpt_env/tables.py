@@ -92,9 +92,9 @@ class Verification(Record):
 
 class WallclockVerification(Verification):
     pairs: Annotated[int, Field(ge=2)]
-    """of candidate's and incumbent's runs in one session"""
+    """of the candidate's and the start record's runs in one session"""
     drift: Positive = 3.0
-    """how far the incumbent's own times may move in a session, in units of the pair sd"""
+    """how far the start record's own times may move in a session, in units of the pair sd"""
 
 
 class Reward(Record):

@@ -62,6 +62,10 @@ class Tier(BaseModel, abc.ABC):
         """What a record counts as, in `unit`. Raises `TierError` unless that was measured."""
 
     @abc.abstractmethod
+    def start_value_of(self, record: str) -> float:
+        """What a record counts as when an episode starts from it."""
+
+    @abc.abstractmethod
     def job(self, sources: Mapping[str, str], plan: Plan | None, seed: str, shards: tuple[str, ...]) -> Job:
         """The training job of a run; `shards` are evaluated at its end."""
 
@@ -74,8 +78,8 @@ class Tier(BaseModel, abc.ABC):
         """The FLOPs and tokens that a run may use."""
 
     @abc.abstractmethod
-    def trial(self, plan: Plan | None, incumbent: float) -> Trial:
-        """The verification of a program; `incumbent`: the value of the best verified one so far."""
+    def trial(self, plan: Plan | None, start: float, best: float) -> Trial:
+        """The verification of a program; `start`, `best`: values of the start record and the best program so far."""
 
     @abc.abstractmethod
     def trial_fields(self) -> dict[str, dict[str, float]]:
@@ -186,6 +190,9 @@ class StepsTier(Tier):
             )
         return row.value
 
+    def start_value_of(self, record: str) -> float:
+        return self.value_of(record)
+
     def plan(self, horizon: int | None, steps: int | None) -> Plan:
         horizon = horizon or steps or self.record(self.table.reward.start).horizon
         steps, most = steps or horizon, self.table.training.max_horizon
@@ -198,7 +205,7 @@ class StepsTier(Tier):
         tokens = plan.steps * self.tokens_per_step()
         return {"flops": float(tokens * self.flops_per_token()), "tokens": float(tokens)}
 
-    def trial(self, plan: Plan | None, incumbent: float) -> Trial:
+    def trial(self, plan: Plan | None, start: float, best: float) -> Trial:
         assert plan is not None
         return LossTrial(self.loss_test(), plan.steps)
 
@@ -258,9 +265,13 @@ class WallclockTier(Tier):
     def value_of(self, record: str) -> float:
         """As verification would pay it, submitted against the start record: the ratio of times that is measured, times
         exp(half width of the bound), since only what is shown is paid."""
-        if self.record(record).name == self.table.reward.start:
+        if record == self.table.reward.start:
             return 1.0
-        return math.exp(self.timing.log_ratios[record] + self.pair_test().half_width)
+        return self.start_value_of(record) * math.exp(self.pair_test().half_width)
+
+    def start_value_of(self, record: str) -> float:
+        """Its time as a share of the start record's, as measured."""
+        return math.exp(self.timing.log_ratios.get(self.record(record).name, 0.0))
 
     def plan(self, horizon: int | None, steps: int | None) -> None:
         if horizon is not None or steps is not None:
@@ -273,8 +284,8 @@ class WallclockTier(Tier):
         tokens = self.table.training.tokens
         return {"flops": float(tokens * self.flops_per_token()), "tokens": float(tokens)}
 
-    def trial(self, plan: Plan | None, incumbent: float) -> Trial:
-        return TimeTrial(self.loss_test(), self.pair_test(), incumbent)
+    def trial(self, plan: Plan | None, start: float, best: float) -> Trial:
+        return TimeTrial(self.loss_test(), self.pair_test(), start, best)
 
     def trial_fields(self) -> dict[str, dict[str, float]]:
         return {"loss": _fields(self.loss_test()), "pairs": _fields(self.pair_test())}

@@ -12,7 +12,7 @@ from nanogpt_env.timing import PairDecision, PairTest, order
 from nanogpt_env.types import Role, Timing
 
 MAX_SESSIONS = 3
-"""A session of pairs whose incumbent drifted is repeated; after this many the host is too unsteady to say."""
+"""A session of pairs in which the start record's times drifted is repeated; after this many the host is too unsteady to say."""
 
 Outcome = Literal["continue", "accept", "reject", "void"]
 
@@ -94,33 +94,37 @@ class LossTrial:
 
 @dataclass
 class TimeTrial:
-    """Wallclock track: is it faster than the incumbent, whose value is `incumbent_value`, and does its mean loss lie
-    below the target? Each has a test of its own at the submission's level, and both must hold.
+    """Wallclock track: is it faster than the best program so far, and does its mean loss lie below the target? Each has
+    a test of its own at the submission's level, and both must hold.
 
-    The paired runs of the candidate serve both. Where they leave the loss open, further runs of the candidate alone
-    decide it. A void session says nothing on time; the losses of its runs count.
+    It is timed against the start record, whose value is `start`, and must beat `best`: a candidate's former self is no
+    reference, as it could be slow on purpose from some date on. The paired runs of the candidate serve both tests.
+    Where they leave the loss open, further runs of the candidate alone decide it. A void session says nothing on time;
+    the losses of its runs count.
     """
 
     loss_test: SequentialTest
     pair_test: PairTest
-    incumbent_value: float
+    start: float
+    best: float
     losses: list[float] = field(default_factory=list)
     session: int = 1
     _warm: bool = False
     _candidate: list[float] = field(default_factory=list)
-    _incumbent: list[float] = field(default_factory=list)
+    _start: list[float] = field(default_factory=list)
+    """training seconds of the paired runs"""
     _time: PairDecision | None = None
     _hopeless: str = ""
 
     @property
     def shown(self) -> str:
-        return "the runs' mean loss is below the target, and they are faster than the incumbent's"
+        return "the runs' mean loss is below the target, and they are faster than the best so far"
 
     @property
     def not_shown(self) -> str:
         if self.loss_test.decide(self.losses).outcome == "reject":
             return "the runs do not show a mean loss below the target"
-        return "the paired runs do not show that it is faster than the incumbent"
+        return "the paired runs do not show that it is faster than the best so far"
 
     @property
     def parallel(self) -> bool:
@@ -141,7 +145,7 @@ class TimeTrial:
     def reason(self) -> str:
         loss = self.loss_test.decide(self.losses)
         if self.session > MAX_SESSIONS:
-            return f"the incumbent's times moved too much in {MAX_SESSIONS} sessions"
+            return f"the start record's times moved too much in {MAX_SESSIONS} sessions"
         if loss.outcome == "reject" or (self._time and self._time.faster):
             return loss.reason
         return self._hopeless or (self._time.reason if self._time else loss.reason)
@@ -151,16 +155,17 @@ class TimeTrial:
         if self._time is None:
             return None
         mean = math.fsum(self._candidate) / len(self._candidate)
-        return Timing(ratio=math.exp(self._time.log_ratio), bound=math.exp(self._time.upper), seconds=mean)
+        ratio, bound = (math.exp(x) * self._to_beat for x in (self._time.log_ratio, self._time.upper))
+        return Timing(ratio=ratio, bound=bound, seconds=mean)
 
     def turn(self) -> Turn:
         if self._time is not None:
             return Turn("candidate")
-        if not self._warm:  # a cold first run would be the incumbent's
+        if not self._warm:  # a cold first run would be the start record's
             return Turn("warm-up", self.session)
-        ours, theirs = len(self._candidate), len(self._incumbent)
+        ours, theirs = len(self._candidate), len(self._start)
         candidates_turn = order(self.pair_test.pairs)[min(ours, theirs)][int(ours != theirs)]
-        return Turn("candidate" if candidates_turn else "incumbent", self.session)
+        return Turn("candidate" if candidates_turn else "start", self.session)
 
     def add(self, turn: Turn, loss: float, seconds: float) -> None:
         if turn.role == "candidate" and self.loss_test.decide(self.losses).outcome == "continue":
@@ -168,24 +173,29 @@ class TimeTrial:
         if turn.role == "warm-up":
             self._warm = True
         elif turn.session and self.outcome == "continue":
-            (self._candidate if turn.role == "candidate" else self._incumbent).append(seconds)
+            (self._candidate if turn.role == "candidate" else self._start).append(seconds)
             self._look()
 
+    @property
+    def _to_beat(self) -> float:
+        """The best program's share of the start record's time, as far as it was shown."""
+        return self.best / self.start
+
     def _look(self) -> None:
-        pairs = len(self._candidate)
-        if pairs != len(self._incumbent):
+        pairs, best = len(self._candidate), [seconds * self._to_beat for seconds in self._start]
+        if pairs != len(best):
             return
         if pairs < self.pair_test.pairs:
-            if self.pair_test.hopeless(self._candidate, self._incumbent):
+            if self.pair_test.hopeless(self._candidate, best):
                 self._hopeless = f"not faster: given up after {pairs} of {self.pair_test.pairs} pairs"
             return
-        decision = self.pair_test.decide(self._candidate, self._incumbent)
+        decision = self.pair_test.decide(self._candidate, best)
         if decision.void:
             self.session, self._warm = self.session + 1, False
-            self._candidate, self._incumbent = [], []
+            self._candidate, self._start = [], []
         else:
             self._time = decision
 
     def value(self) -> float:
         assert self._time is not None
-        return self.incumbent_value * self._time.ratio
+        return self.best * self._time.ratio

@@ -144,10 +144,10 @@ class Progress(Record):
 
 
 class Timing(Record):
-    """A candidate's training time beside the incumbent's, from pairs of runs in one session."""
+    """A candidate's training time beside the start record's, from pairs of runs in one session."""
 
     ratio: float
-    """its seconds over the incumbent's, geometric mean over the pairs"""
+    """its seconds over the start record's, geometric mean over the pairs"""
     bound: float
     """upper confidence bound of that ratio, at the submission's level: what an acceptance is paid by"""
     seconds: float
@@ -177,8 +177,8 @@ class Verdict(Record):
     """true if this is the earlier verdict on the same program, claim and horizon"""
 
 
-Role = Literal["candidate", "incumbent", "warm-up"]
-"""whose run it is in a verification; a warm-up is the incumbent's and does not count"""
+Role = Literal["candidate", "start", "warm-up"]
+"""whose run it is in a verification: the candidate's, the start record's, or one of the latter that does not count"""
 
 
 class Rerun(Record):
@@ -210,8 +210,10 @@ class Evidence(Record):
     sources: dict[str, str]
     claim: int | None
     horizon: int | None
-    incumbent: str
-    """what it was timed against: a record or an earlier submission"""
+    start: str
+    """the record that it was timed against, on the wallclock track"""
+    best: float
+    """value that it had to beat there"""
     tests: dict[str, dict[str, float]]
     reruns: tuple[Rerun, ...]
     accepted: bool

@@ -23,7 +23,7 @@ OnProgress = Callable[[str, RunHandle | None], None]
 
 @dataclass(frozen=True)
 class Program:
-    """Something that was valued: the start record, or the best accepted submission."""
+    """Something that has a value: the start record, or an accepted submission."""
 
     name: str
     sources: Mapping[str, str]
@@ -47,7 +47,7 @@ class _Reruns:
     tier: Tier
     backend: Backend
     submission: Submission
-    incumbent: Program
+    start: Program
     on_redo: Callable[[int, str], None]
     running: dict[int, tuple[str, RunHandle]] = field(default_factory=dict)
     started: int = 0
@@ -81,13 +81,13 @@ class _Reruns:
                 result = handle.result(POLL_S)
                 break
         if turn.role != "candidate" and not result.completed:
-            # it was accepted before: no fault of the candidate's
-            raise BackendError(f"{self.incumbent.name} did not complete: {result.exit_reason}: {result.detail}")
+            # the record is ours: no fault of the candidate's
+            raise BackendError(f"{self.start.name} did not complete: {result.exit_reason}: {result.detail}")
         return result
 
     def _start(self, turn: Turn) -> tuple[str, RunHandle]:
         seed = secrets.token_hex(32)
-        program = self.submission if turn.role == "candidate" else self.incumbent
+        program = self.submission if turn.role == "candidate" else self.start
         job = self.tier.job(program.sources, self.submission.plan, seed, (self.tier.table.data.hidden,))
         return seed, self.backend.start(job)
 
@@ -111,21 +111,23 @@ def verify(
     tier: Tier,
     backend: Backend,
     submission: Submission,
-    incumbent: Program,
+    start: Program,
+    best: float,
     on_rerun: Callable[[Rerun], None] = lambda rerun: None,
     on_progress: OnProgress = lambda what, handle: None,
     on_redo: Callable[[int, str], None] = lambda n, error: None,
     on_used: Callable[[float], None] = lambda seconds: None,
 ) -> tuple[Verdict, Evidence]:
     """Decide whether the program is what it claims: at the target within its claim (steps track), or at the target and
-    faster than the incumbent (wallclock track). A run of it that does not complete is a rejection.
+    of a better value than `best`, timed against the start record (wallclock track). A run of it that does not complete
+    is a rejection.
 
     Raises `BackendError` if our side failed twice at one run, or the host is too unsteady to time anything; then
     nothing was decided. Calls `on_rerun` after each run, `on_redo(n, error)` before one is redone, and `on_used` with
     the device seconds of all of them in any case.
     """
-    trial = tier.trial(submission.plan, incumbent.value)
-    queue = _Reruns(tier, backend, submission, incumbent, on_redo)
+    trial = tier.trial(submission.plan, start.value, best)
+    queue = _Reruns(tier, backend, submission, start, on_redo)
     reruns: list[Rerun] = []
     try:
         result = _run(tier, backend, trial, queue, reruns, on_rerun, on_progress)
@@ -143,7 +145,8 @@ def verify(
         sources=dict(submission.sources),
         claim=claim,
         horizon=horizon,
-        incumbent=incumbent.name,
+        start=start.name,
+        best=best,
         tests=tier.trial_fields(),
         reruns=tuple(reruns),
         accepted=accepted,

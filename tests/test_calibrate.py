@@ -214,9 +214,8 @@ def test_a_record_is_valued_when_asked(folder):
     measured, backend = measure(tier, Synthetic(tier, crossings), value=["middle"])
     assert measured.records["middle"].value_n >= RERUNS
     assert measured.records["middle"].value == pytest.approx(measured.records["slow"].value - 2, abs=4)
-    assert {job.source for job in backend.jobs} == {
-        tier.records["middle"].sources["optimizer.py"]
-    }  # the others were kept
+    # the others were kept
+    assert {job.source for job in backend.jobs} == {tier.records["middle"].sources["optimizer.py"]}
 
 
 # --- how it is run ---

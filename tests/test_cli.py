@@ -15,6 +15,7 @@ from helpers import copy_tier
 import nanogpt_env
 from nanogpt_env.cli import app
 from nanogpt_env.cli_tiers import tiers_app
+from nanogpt_env.slots import Slots
 from nanogpt_env.tiers import builtin_tiers, load_tier
 from nanogpt_env.types import RunResult, Verdict
 
@@ -130,7 +131,7 @@ def test_an_error_is_a_json_object_too(candidate, content, code):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["run", "{missing}", "--tier", TINY], "has no optimizer.py; `nanogpt-env new"),
+        (["run", "{missing}", "--tier", TINY], "has no optimizer.py, which tiny-steps asks for; `nanogpt-env new"),
         (["run", "{folder}"], "--tier"),
         (["run", "{folder}", "--tier", "nano"], "no tier 'nano'"),
         (["run", "{folder}", "--tier", TINY, "--steps", "60", "--horizon", "50"], "1 <= steps <= horizon"),
@@ -208,7 +209,7 @@ def test_a_cache_that_cannot_be_made_is_our_failure(candidate, tmp_path):
     cache = str(tmp_path / "file" / "cache")
     done = call("run", candidate(), "--tier", TINY, "--horizon", 20, env={"NANOGPT_ENV_CACHE": cache})
     assert done.returncode == 3, done.stderr
-    assert "not charged" in done.stderr
+    assert "nothing was charged" in done.stderr
     assert "Not a directory" in done.stderr
 
 
@@ -218,13 +219,21 @@ def test_a_cache_that_cannot_be_made_is_our_failure(candidate, tmp_path):
 def test_doctor():
     found = call_json("doctor")
     assert set(found) == {
-        "python", "nanogpt_env", "torch", "cores", "cache", "state", "sandboxes", "tiers", "advice",
+        "python", "nanogpt_env", "torch", "cores", "cache", "state", "sandboxes", "slots", "tiers", "advice",
     }  # fmt: skip
     assert found["cache"] == os.environ["NANOGPT_ENV_CACHE"]
     assert found["sandboxes"]["plain"]["trusted"] is False
     assert set(builtin_tiers()) <= set(found["tiers"])
     text = call("doctor").stdout
     assert found["torch"] in text and "sandbox auto" in text
+    assert found["slots"] == [] and "all cores free" in text
+
+
+def test_doctor_tells_who_holds_a_core():
+    with Slots("somebody").acquire() as slot:
+        row = {"core": slot.core, "owner": "somebody", "pid": os.getpid(), "exclusive": False}
+        assert call_json("doctor")["slots"] == [row]
+        assert f"core {slot.core}" in (text := call("doctor").stdout) and "somebody" in text
 
 
 def test_tiers_list():

@@ -209,7 +209,8 @@ def test_garbage_in_any_field_is_a_difference_or_a_ledger_error(path, value):
     ("index", "key", "value"),
     [(0, "reward_form", "square"), (0, "start", {"value": "fast"}), (0, "start", {}), (0, "start", {"value": ANCHOR}),
      (0, "tests", {}), (0, "tests", {"loss": {}}), (0, "tests", {"loss": FIELDS["loss"] | {"boundary": 0.1}}),
-     (0, "tests", {"loss": FIELDS["loss"] | {"n_max": 10**400}}), (0, "track", "wallclock"), (4, "loss", "low"), (4, "loss", 10**400), (4, "submission", "submission-9"), (9, "claim", "few"),
+     (0, "tests", {"loss": FIELDS["loss"] | {"n_max": 10**400}}), (0, "track", "wallclock"),
+     (4, "loss", "low"), (4, "loss", 10**400), (4, "submission", "submission-9"), (9, "claim", "few"),
      (9, "submission", [])],
 )  # fmt: skip
 def test_garbage_that_scores_rest_on_is_an_error(path, index, key, value):

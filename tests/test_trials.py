@@ -19,11 +19,11 @@ def undecided(n):
     return TARGET - 1.2 * SIGMA + SIGMA * (-1) ** n
 
 
-def trial(value=0.8):
-    return TimeTrial(LOSS_TEST, PAIR_TEST, value)
+def trial(start=1.0, best=1.0):
+    return TimeTrial(LOSS_TEST, PAIR_TEST, start, best)
 
 
-def play(trial, loss=lambda n: GOOD, candidate=lambda turn: 20.0, incumbent=lambda turn: 30.0, most=100):
+def play(trial, loss=lambda n: GOOD, candidate=lambda turn: 20.0, start=lambda turn: 30.0, most=100):
     """Run a trial to its end; the turns that it asked for."""
     turns = []
     for _ in range(most):
@@ -35,7 +35,7 @@ def play(trial, loss=lambda n: GOOD, candidate=lambda turn: 20.0, incumbent=lamb
         if turn.role == "candidate":
             trial.add(turn, loss(n), candidate(turn))
         else:
-            trial.add(turn, BAD, incumbent(turn))
+            trial.add(turn, BAD, start(turn))
     raise AssertionError("the trial does not end")
 
 
@@ -54,14 +54,14 @@ def test_on_the_steps_track_it_is_the_sequential_test():
 def test_a_session_begins_with_a_warm_up_and_goes_in_abba_order():
     turns = play(trial())
     assert turns[0] == Turn("warm-up", 1)
-    expected = ["candidate" if ours else "incumbent" for pair in order(5) for ours in pair]
+    expected = ["candidate" if ours else "start" for pair in order(5) for ours in pair]
     assert [t.role for t in turns[1:]] == expected
-    assert expected[:4] == ["incumbent", "candidate", "candidate", "incumbent"]
+    assert expected[:4] == ["start", "candidate", "candidate", "start"]
     assert {t.session for t in turns} == {1}
 
 
 def test_faster_and_below_the_target_is_accepted_at_the_bound():
-    t = trial(value=0.8)
+    t = trial()
     play(t)
     assert t.outcome == "accept"
     assert t.losses == [GOOD] * 5  # the incumbent's are not among them
@@ -69,8 +69,20 @@ def test_faster_and_below_the_target_is_accepted_at_the_bound():
     assert t.timing.ratio == pytest.approx(20 / 30)
     assert t.timing.bound == pytest.approx(math.exp(upper))
     assert t.timing.seconds == pytest.approx(20)
-    assert t.value() == pytest.approx(0.8 * math.exp(upper))
+    assert t.value() == pytest.approx(math.exp(upper))
     assert "faster" in t.shown
+
+
+def test_what_is_paid_is_measured_against_the_start_record_and_must_beat_the_best():
+    """Ratio 2/3, at most about 0.7: better than 0.8, not than 0.68, whatever came between."""
+    upper = math.exp(math.log(20 / 30) + PAIR_TEST.half_width)
+    for start, best, accepted in ((1.0, 0.8, True), (1.0, 0.68, False), (0.5, 0.4, True), (0.5, 0.34, False)):
+        t = trial(start, best)
+        play(t)
+        assert (t.outcome == "accept") is accepted
+        if accepted:
+            assert t.value() == pytest.approx(start * upper)
+            assert (t.timing.ratio, t.timing.bound) == (pytest.approx(20 / 30), pytest.approx(upper))
 
 
 @pytest.mark.parametrize("seconds", [30.0, 29.5, 31.0])
@@ -94,7 +106,7 @@ def test_faster_but_above_the_target_is_a_rejection():
     t = trial()
     turns = play(t, loss=lambda n: BAD)
     assert t.outcome == "reject"
-    assert [x.role for x in turns] == ["warm-up", "incumbent", "candidate"]  # no time is spent on what is lost
+    assert [x.role for x in turns] == ["warm-up", "start", "candidate"]  # no time is spent on what is lost
     assert "mean loss" in t.not_shown
 
 
@@ -126,12 +138,12 @@ def test_a_run_that_does_not_complete_is_a_rejection(k):
 
 def drifting(trial):
     """An incumbent that gets slower from run to run of a session."""
-    return lambda turn: 30.0 * 1.05 ** len(trial._incumbent)
+    return lambda turn: 30.0 * 1.05 ** len(trial._start)
 
 
 def test_an_incumbent_that_drifts_voids_the_session_and_its_losses_count():
     t = trial()
-    turns = play(t, incumbent=lambda turn: 30.0 if turn.session > 1 else drifting(t)(turn))
+    turns = play(t, start=lambda turn: 30.0 if turn.session > 1 else drifting(t)(turn))
     assert [x for x in turns if x.role == "warm-up"] == [Turn("warm-up", 1), Turn("warm-up", 2)]
     assert t.outcome == "accept"
     assert t.losses == [GOOD] * 5  # decided in the first session; what came later was not looked at
@@ -140,7 +152,7 @@ def test_an_incumbent_that_drifts_voids_the_session_and_its_losses_count():
 
 def test_a_host_too_unsteady_to_time_anything_decides_nothing():
     t = trial()
-    turns = play(t, incumbent=lambda turn: drifting(t)(turn))
+    turns = play(t, start=lambda turn: drifting(t)(turn))
     assert t.outcome == "void"
     assert len(turns) == MAX_SESSIONS * 11
     assert f"{MAX_SESSIONS} sessions" in t.reason
@@ -148,7 +160,7 @@ def test_a_host_too_unsteady_to_time_anything_decides_nothing():
 
 def test_void_sessions_give_no_second_chance_on_the_loss():
     t = trial()
-    play(t, loss=lambda n: BAD if n > 6 else undecided(n), incumbent=lambda turn: drifting(t)(turn))
+    play(t, loss=lambda n: BAD if n > 6 else undecided(n), start=lambda turn: drifting(t)(turn))
     assert t.outcome == "reject"
 
 
@@ -156,7 +168,7 @@ def test_the_losses_looked_at_do_not_depend_on_how_the_times_come_out():
     """Sessions stop looking at losses where the loss test alone would."""
     losses = [TARGET - 0.6 * SIGMA + SIGMA * math.sin(7 * n) for n in range(1, 40)]
     t = trial()
-    play(t, loss=lambda n: losses[n - 1], incumbent=lambda turn: drifting(t)(turn) if turn.session < 3 else 30.0)
+    play(t, loss=lambda n: losses[n - 1], start=lambda turn: drifting(t)(turn) if turn.session < 3 else 30.0)
     n = len(t.losses)
     assert t.losses == losses[:n]
     assert LOSS_TEST.decide(losses).n == n

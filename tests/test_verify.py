@@ -256,7 +256,7 @@ def test_the_evidence_holds_all_that_the_verdict_rests_on():
     assert (evidence.submission, evidence.snapshot, evidence.sources) == ("submission-1", "abc", SOURCES)
     assert (evidence.tier, evidence.claim, evidence.horizon) == ("tiny-steps", 60, 80)
     assert evidence.tests == {"loss": {k: float(v) for k, v in vars(TEST).items()}}
-    assert (evidence.incumbent, evidence.time) == ("slow", None)
+    assert (evidence.start, evidence.time) == ("slow", None)
     mean = sum(ACCEPTED[: verdict.n]) / verdict.n
     z = (TEST.target - mean) * math.sqrt(verdict.n) / TIER.measured.sigma
     assert evidence.z_statistic == pytest.approx(z)

@@ -27,7 +27,7 @@ TIER = load_tier(TINY)
 SLOW, FAST = (TIER.records[name].sources["train.py"] for name in ("slow", "fast"))
 GOOD = TIER.table.training.target - 0.5
 SUBMISSION = Submission("submission-1", "abc", {"train.py": FAST}, None)
-INCUMBENT = Program("slow", {"train.py": SLOW}, 1.0)
+START = Program("slow", {"train.py": SLOW}, 1.0)
 PAIRS = TIER.table.verification.pairs
 
 
@@ -116,40 +116,40 @@ def test_times_of_this_host_replace_those_of_the_calibration(tmp_path, monkeypat
 
 def test_candidate_and_incumbent_run_in_turn_in_one_session():
     back = backend({FAST: 1.0, SLOW: 2.0})
-    verdict, evidence = verify(TIER, back, SUBMISSION, INCUMBENT)
+    verdict, evidence = verify(TIER, back, SUBMISSION, START, 1.0)
     assert verdict.accepted
     assert back.sessions == 1
     whose = ["F" if job.sources["train.py"] == FAST else "S" for job in back.jobs[: 2 * PAIRS + 1]]
     assert "".join(whose) == "S" + "SF" + "FS" + "SF"
     assert back.most_at_once <= TIER.table.verification.slots
-    assert [r.role for r in evidence.reruns[:3]] == ["warm-up", "incumbent", "candidate"]
+    assert [r.role for r in evidence.reruns[:3]] == ["warm-up", "start", "candidate"]
     assert {r.session for r in evidence.reruns[: 2 * PAIRS + 1]} == {1}
     assert len({job.seed for job in back.jobs}) == len(back.jobs)
     bound = 0.5 * math.exp(TIER.pair_test().half_width)
     assert verdict.value == pytest.approx(bound) == pytest.approx(verdict.time.bound)
     assert (verdict.time.ratio, verdict.time.seconds) == (pytest.approx(0.5), pytest.approx(1.0))
-    assert (verdict.claim, verdict.horizon, evidence.incumbent) == (None, None, "slow")
+    assert (verdict.claim, verdict.horizon, evidence.start) == (None, None, "slow")
     assert set(evidence.tests) == {"loss", "pairs"}
 
 
 def test_the_pairs_run_one_at_a_time():
     back = backend({FAST: 3.0, SLOW: 2.0})
-    assert not verify(TIER, back, SUBMISSION, INCUMBENT)[0].accepted
+    assert not verify(TIER, back, SUBMISSION, START, 1.0)[0].accepted
     assert back.most_at_once == 1
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.95, 1.05])
 def test_what_is_not_shown_faster_is_rejected(ratio):
-    verdict, evidence = verify(TIER, backend({FAST: 2 * ratio, SLOW: 2.0}), SUBMISSION, INCUMBENT)
+    verdict, evidence = verify(TIER, backend({FAST: 2 * ratio, SLOW: 2.0}), SUBMISSION, START, 1.0)
     assert not verdict.accepted
     assert verdict.value is None
-    assert verdict.reason == "rejected: the paired runs do not show that it is faster than the incumbent"
+    assert verdict.reason == "rejected: the paired runs do not show that it is faster than the best so far"
     assert "log ratio" in evidence.reason or "given up" in evidence.reason
 
 
 def test_a_loss_above_the_target_is_rejected_however_fast():
     back = backend({FAST: 0.1, SLOW: 2.0}, loss=lambda n: TIER.table.training.target + 0.2)
-    verdict, _ = verify(TIER, back, SUBMISSION, INCUMBENT)
+    verdict, _ = verify(TIER, back, SUBMISSION, START, 1.0)
     assert not verdict.accepted
     assert verdict.reason == "rejected: the runs do not show a mean loss below the target"
     assert len(back.jobs) == 3
@@ -162,7 +162,7 @@ def test_a_crash_of_the_candidate_in_any_pair_is_a_rejection(k):
         failed = {"exit_reason": "candidate_error", "val_losses": {}} if number >= k and seconds == 1.0 else {}
         return timed(job, GOOD, seconds, **failed)
 
-    verdict, _ = verify(TIER, FakeBackend(script), SUBMISSION, INCUMBENT)
+    verdict, _ = verify(TIER, FakeBackend(script), SUBMISSION, START, 1.0)
     assert not verdict.accepted
     assert verdict.reason == "rejected: a rerun did not complete (candidate_error)"
     assert verdict.coarse_loss is None
@@ -176,19 +176,19 @@ def test_a_crash_of_the_incumbent_is_ours_and_redone_once(k):
         return timed(job, GOOD, 1.0 if job.sources["train.py"] == FAST else 2.0, **failed)
 
     twice, redone = False, []
-    verdict, _ = verify(TIER, FakeBackend(script), SUBMISSION, INCUMBENT, on_redo=lambda n, e: redone.append((n, e)))
+    verdict, _ = verify(TIER, FakeBackend(script), SUBMISSION, START, 1.0, on_redo=lambda n, e: redone.append((n, e)))
     assert verdict.accepted
     assert [n for n, _ in redone] == [k]
     assert "candidate_memory" in redone[0][1]
     twice = True
     with pytest.raises(BackendError, match="slow did not complete"):
-        verify(TIER, FakeBackend(script), SUBMISSION, INCUMBENT)
+        verify(TIER, FakeBackend(script), SUBMISSION, START, 1.0)
 
 
 def test_an_unsteady_host_decides_nothing_and_charges_nothing(tmp_path):
     count = 2 * PAIRS + 1
 
-    def unsteady(number):  # each session: the incumbent slows down tenfold
+    def unsteady(number):  # each session: the start record slows down tenfold
         return 2.0 if number % count < count // 2 else 20.0
 
     back = backend({SLOW: unsteady, FAST: 0.1, SLOW + "\n": unsteady})
@@ -210,14 +210,14 @@ def test_a_failure_of_ours_in_a_session_cancels_all_and_leaves_the_session():
     whole = back.script
     back.script = lambda job, number: LOST if number >= 4 else whole(job, number)
     with pytest.raises(BackendError, match="node lost"):
-        verify(TIER, back, SUBMISSION, INCUMBENT)
+        verify(TIER, back, SUBMISSION, START, 1.0)
     assert back.sessions == 1
 
 
 # --- an episode ---
 
 
-def test_rewards_follow_the_bound_and_the_best_becomes_the_incumbent(tmp_path):
+def test_rewards_follow_the_bound_against_the_start_record(tmp_path):
     faster = FAST.replace("STEPS = 120", "STEPS = 60")
     assert faster != FAST
     env = make(tmp_path, backend({SLOW: 4.0, FAST: 2.0, faster: 1.0}))
@@ -228,11 +228,12 @@ def test_rewards_follow_the_bound_and_the_best_becomes_the_incumbent(tmp_path):
     assert first == pytest.approx((1 - 0.5 * up) / (1 - TIER.value_of("fast")))
     env.step(EditFile(path="train.py", old="STEPS = 120", new="STEPS = 60"))
     _, second, *_, info = env.step(Submit())
-    assert info["best"] == pytest.approx(0.25 * up * up)
+    assert info["best"] == pytest.approx(0.25 * up)  # the uncertainty is paid for once
     assert first + second == pytest.approx(info["recovered"])
     evidence = sorted((env.episode.folder / "evidence").iterdir())
-    assert [json.loads(p.read_text())["incumbent"] for p in evidence] == ["slow", "submission-1"]
-    # its former self is slower than the incumbent by now, and had its verdict
+    rows = [json.loads(p.read_text()) for p in evidence]
+    assert [(row["start"], row["best"]) for row in rows] == [("slow", 1.0), ("slow", pytest.approx(0.5 * up))]
+    # its former self had its verdict
     env.step(WriteFile(path="train.py", text=FAST))
     *_, info = env.step(Submit())
     assert info["verdict"]["cached"]
@@ -240,6 +241,27 @@ def test_rewards_follow_the_bound_and_the_best_becomes_the_incumbent(tmp_path):
     again = replay(env.episode.ledger.path)
     assert again.differences == []
     assert again.total_reward == pytest.approx(first + second)
+
+
+def test_a_best_program_that_turns_slow_gains_its_successor_nothing(tmp_path):
+    """Accepted first, it would be slow from some date on: what comes after it is timed against the start record."""
+    back = backend({SLOW: 4.0, FAST: lambda number: 2.0 if number < 14 else 40.0, FAST + "\nx = 1\n": 2.02})
+    env = make(tmp_path, back)
+    env.step(WriteFile(path="train.py", text=FAST))
+    assert env.step(Submit())[1] > 0
+    best = env.episode.best
+    env.step(WriteFile(path="train.py", text=FAST + "\nx = 1\n"))
+    _, reward, *_, info = env.step(Submit())
+    assert (reward, info["verdict"]["accepted"], env.episode.best) == (0, False, best)
+
+
+@pytest.mark.parametrize("start", ["slow", "fast"])
+def test_an_episode_may_start_from_another_record(tmp_path, start):
+    if start == "fast":
+        with pytest.raises(ActionError, match="slower than anchor"):
+            make(tmp_path, backend({}), start="fast")
+        return
+    assert make(tmp_path, backend({}), start=start).episode.start_value == 1.0
 
 
 def test_a_forged_time_in_the_ledger_shows(tmp_path):

@@ -1,0 +1,34 @@
+"""AdamW with one learning rate: linear warm-up, then constant."""
+
+import torch
+
+import speedrun
+from speedrun import GPT, config
+
+ROWS, LENGTH = 8, config.model.seq_len
+LEARNING_RATE = 4e-3
+WARMUP_STEPS = 30
+
+model = GPT(config.model)
+model.initialize(torch.Generator().manual_seed(torch.initial_seed()))
+optimizer = torch.optim.AdamW(
+    model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+)
+
+# Warm up on noise: what runs for the first time is slow.
+for (x, y), _ in zip(speedrun.batches(ROWS, LENGTH), range(3)):
+    model(x, y).backward()
+optimizer.zero_grad()
+
+speedrun.start()
+for step, (x, y) in enumerate(speedrun.batches(ROWS, LENGTH)):
+    optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
+    loss = model(x, y)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 50 == 0:
+        print(f"step {step}: loss {loss.item():.3f}")
+
+speedrun.save(model.state_dict())
