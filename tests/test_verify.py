@@ -47,7 +47,7 @@ def scripted(outcomes, **options):
 @pytest.mark.parametrize("losses", [ACCEPTED, FUTILE, UNDECIDED, LATE_FUTILE])
 def test_the_decision_is_the_sequential_tests(tier, losses):
     backend, told = scripted(losses), []
-    verdict, evidence = verify(tier, backend, SUBMISSION, START, told.append)
+    verdict, evidence = verify(tier, backend, SUBMISSION, START, START.value, told.append)
     expected = TEST.decide(losses)
     assert expected.outcome in ("accept", "reject")
     assert verdict.accepted is evidence.accepted is (expected.outcome == "accept")
@@ -79,7 +79,7 @@ def test_a_fault_of_the_candidate_in_any_rerun_is_a_rejection(k, reason):
     def script(job, number):
         return ran(job, 4.0, reason=reason, detail="it broke") if number == k else 4.5
 
-    verdict, evidence = verify(one_slot(), FakeBackend(script), SUBMISSION, START)
+    verdict, evidence = verify(one_slot(), FakeBackend(script), SUBMISSION, START, START.value)
     assert not verdict.accepted
     assert verdict.n == len(evidence.reruns) == k
     assert evidence.reruns[-1].loss is None
@@ -92,7 +92,7 @@ def test_a_fault_of_the_candidate_in_any_rerun_is_a_rejection(k, reason):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_a_failure_of_ours_is_redone_once_on_a_fresh_seed(k):
     backend = scripted([*ACCEPTED[: k - 1], LOST, *ACCEPTED])
-    verdict, evidence = verify(one_slot(), backend, SUBMISSION, START)
+    verdict, evidence = verify(one_slot(), backend, SUBMISSION, START, START.value)
     assert verdict.accepted
     seeds = [job.seed for job in backend.jobs]
     assert len(set(seeds)) == len(seeds) == verdict.n + 1
@@ -105,14 +105,14 @@ def test_two_failures_of_ours_in_a_row_are_raised_and_nothing_goes_on(tier):
     outcomes = [LOST, 4.5, LOST, 4.5] if tier is TIER else [LOST, LOST, 4.5]
     backend, told = scripted(outcomes, hold={2} if tier is TIER else ()), []
     with pytest.raises(BackendError, match="node lost"):
-        verify(tier, backend, SUBMISSION, START, told.append)
+        verify(tier, backend, SUBMISSION, START, START.value, told.append)
     assert told == []
     assert all(run.done() for run in backend.runs)
     assert len(backend.jobs) == (3 if tier is TIER else 2)
 
 
 def test_failures_of_ours_in_different_reruns_are_each_redone():
-    verdict, _ = verify(one_slot(), scripted([LOST, 4.5, LOST, *ACCEPTED]), SUBMISSION, START)
+    verdict, _ = verify(one_slot(), scripted([LOST, 4.5, LOST, *ACCEPTED]), SUBMISSION, START, START.value)
     assert verdict.accepted
 
 
@@ -123,7 +123,7 @@ def test_a_start_that_fails_once_is_tried_again(fails):
             raise LOST
         return 4.5
 
-    assert verify(TIER, FakeBackend(script), SUBMISSION, START)[0].accepted
+    assert verify(TIER, FakeBackend(script), SUBMISSION, START, START.value)[0].accepted
 
 
 def test_a_start_that_fails_twice_is_raised_and_the_other_rerun_cancelled():
@@ -134,13 +134,13 @@ def test_a_start_that_fails_twice_is_raised_and_the_other_rerun_cancelled():
 
     backend = FakeBackend(script, hold={1})
     with pytest.raises(BackendError, match="node lost"):
-        verify(TIER, backend, SUBMISSION, START)
+        verify(TIER, backend, SUBMISSION, START, START.value)
     assert backend.runs[0].cancelled
 
 
 def test_a_candidate_cannot_have_its_fault_redone():
     backend = FakeBackend(lambda job, number: ran(job, 4.0, reason="candidate_exited"))
-    assert not verify(one_slot(), backend, SUBMISSION, START)[0].accepted
+    assert not verify(one_slot(), backend, SUBMISSION, START, START.value)[0].accepted
     assert len(backend.jobs) == 1
 
 
@@ -153,7 +153,7 @@ def test_reruns_that_end_out_of_order_are_looked_at_in_order():
         if n in (1, 3) and len(backend.runs) > n:  # the later rerun has ended by now
             handle.held = False
 
-    verdict, evidence = verify(TIER, backend, SUBMISSION, START, on_progress=release)
+    verdict, evidence = verify(TIER, backend, SUBMISSION, START, START.value, on_progress=release)
     assert verdict.n >= 3
     assert [r.n for r in evidence.reruns] == list(range(1, verdict.n + 1))
     assert [r.loss for r in evidence.reruns] == losses[: verdict.n]
@@ -163,7 +163,7 @@ def test_reruns_that_end_out_of_order_are_looked_at_in_order():
 def test_no_more_reruns_at_once_than_slots():
     for tier, slots in ((TIER, 2), (one_slot(), 1)):
         backend = scripted(UNDECIDED)
-        assert verify(tier, backend, SUBMISSION, START)[0].n == TEST.n_max
+        assert verify(tier, backend, SUBMISSION, START, START.value)[0].n == TEST.n_max
         assert backend.most_at_once == slots
         assert len(backend.jobs) == tier.table.verification.n_max
 
@@ -171,7 +171,7 @@ def test_no_more_reruns_at_once_than_slots():
 def test_what_is_left_over_is_cancelled_and_its_seconds_are_counted():
     n = TEST.decide(ACCEPTED).n
     backend = FakeBackend(lambda job, number: ran(job, ACCEPTED[number - 1], 1.5), hold={n + 1})
-    verdict, evidence = verify(TIER, backend, SUBMISSION, START)
+    verdict, evidence = verify(TIER, backend, SUBMISSION, START, START.value)
     assert len(backend.jobs) == n + 1
     assert backend.runs[-1].cancelled
     assert verdict.device_seconds == pytest.approx(1.5 * n + 0.25, abs=0.051)  # given to 0.1 s
@@ -180,7 +180,7 @@ def test_what_is_left_over_is_cancelled_and_its_seconds_are_counted():
 
 def test_a_leftover_that_fails_on_our_side_changes_nothing():
     n = TEST.decide(ACCEPTED).n
-    verdict, _ = verify(TIER, scripted([*ACCEPTED[:n], LOST]), SUBMISSION, START)
+    verdict, _ = verify(TIER, scripted([*ACCEPTED[:n], LOST]), SUBMISSION, START, START.value)
     assert verdict.accepted
     assert verdict.device_seconds == n
 
@@ -193,21 +193,21 @@ def test_an_interrupt_cancels_every_rerun_also_the_one_waited_for(tier):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        verify(tier, backend, SUBMISSION, START, on_progress=interrupt)
+        verify(tier, backend, SUBMISSION, START, START.value, on_progress=interrupt)
     assert len(backend.runs) == tier.table.verification.slots
     assert all(run.cancelled for run in backend.runs)
 
 
 def test_seeds_are_secret_fresh_and_all_different():
     backend = scripted(UNDECIDED * 2)
-    seeds = [r.seed for _ in range(2) for r in verify(TIER, backend, SUBMISSION, START)[1].reruns]
+    seeds = [r.seed for _ in range(2) for r in verify(TIER, backend, SUBMISSION, START, START.value)[1].reruns]
     assert len(seeds) == len(set(seeds)) == 2 * TEST.n_max
     assert all(re.fullmatch(r"[0-9a-f]{64}", seed) for seed in seeds)
 
 
 def test_the_job_is_the_submission_on_the_hidden_shard():
     backend = scripted(ACCEPTED)
-    verify(TIER, backend, SUBMISSION, START)
+    verify(TIER, backend, SUBMISSION, START, START.value)
     for job in backend.jobs:
         assert job.final_shards == (TIER.table.data.hidden,) == ("val_hidden",)
         assert (job.source, job.steps, job.horizon) == (SOURCES["optimizer.py"], 60, 80)
@@ -220,7 +220,7 @@ def test_only_the_hidden_loss_counts():
     def script(job, number):
         return ran(job, 4.5, val_losses={"val_hidden": 5.2, "val_public": 4.0})
 
-    assert not verify(TIER, FakeBackend(script), SUBMISSION, START)[0].accepted
+    assert not verify(TIER, FakeBackend(script), SUBMISSION, START, START.value)[0].accepted
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_the_loss_shown_is_coarse(losses, shown):
 @pytest.mark.parametrize("losses", [ACCEPTED, FUTILE, UNDECIDED])
 def test_a_verdict_tells_the_decision_and_no_seed_or_loss(losses):
     exact = [loss + 0.00037 for loss in losses]
-    verdict, evidence = verify(TIER, scripted(exact), SUBMISSION, START)
+    verdict, evidence = verify(TIER, scripted(exact), SUBMISSION, START, START.value)
     assert set(verdict.model_dump()) == {
         "accepted", "value", "claim", "horizon", "n", "reason", "coarse_loss", "time", "device_seconds", "trusted",
         "submission", "cached",
@@ -252,7 +252,7 @@ def test_a_verdict_tells_the_decision_and_no_seed_or_loss(losses):
 
 
 def test_the_evidence_holds_all_that_the_verdict_rests_on():
-    verdict, evidence = verify(TIER, scripted(ACCEPTED), SUBMISSION, START)
+    verdict, evidence = verify(TIER, scripted(ACCEPTED), SUBMISSION, START, START.value)
     assert (evidence.submission, evidence.snapshot, evidence.sources) == ("submission-1", "abc", SOURCES)
     assert (evidence.tier, evidence.claim, evidence.horizon) == ("tiny-steps", 60, 80)
     assert evidence.tests == {"loss": {k: float(v) for k, v in vars(TEST).items()}}
@@ -269,4 +269,4 @@ def test_the_evidence_holds_all_that_the_verdict_rests_on():
 @pytest.mark.parametrize("trusted", [True, False])
 def test_trust_is_that_of_the_sandbox(trusted):
     backend = FakeBackend(lambda job, number: ran(job, 4.5, trusted=trusted))
-    assert verify(TIER, backend, SUBMISSION, START)[0].trusted is trusted
+    assert verify(TIER, backend, SUBMISSION, START, START.value)[0].trusted is trusted
