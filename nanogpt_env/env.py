@@ -76,7 +76,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         self._state_dir = state_dir
         if backend is None:
             local = LocalBackend(sandbox, warm=True, hidden=(self.tier.folder, self.tier.corpus_folder()))
-            backend = Shared(Queued(local, owner=uuid.uuid4().hex[:8]), sandbox)
+            backend = Shared(Queued(local, owner=uuid.uuid4().hex[:8]), local.kind)
         self._backend: Backend = backend
         # a fork shares both and closes neither; after a reset it has an episode of its own
         self._owns_backend = self._owns_episode = True

@@ -56,7 +56,12 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
             trials[name], offers[name] = _trial(head, line["claim"], start, out.best), line
         elif line["kind"] == "rerun":
             loss = math.inf if line["loss"] is None else float(line["loss"])
-            trials[name].add(Turn(line["role"], line["session"]), loss, line["train_seconds"])
+            turn = Turn(line["role"], line["session"])
+            if turn != trials[name].turn():
+                out.differences.append(
+                    f"{name}: rerun {line['n']} is {turn}, but it was the turn of {trials[name].turn()}"
+                )
+            trials[name].add(turn, loss, line["train_seconds"])
         elif line["kind"] == "verdict":
             out.differences += _check_verdict(name, line, trials[name], offers[name])
             accepted, before = trials[name].outcome == "accept", out.best

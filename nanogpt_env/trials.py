@@ -12,7 +12,7 @@ from nanogpt_env.timing import PairDecision, PairTest, order
 from nanogpt_env.types import Role, Timing
 
 MAX_SESSIONS = 3
-"""A session of pairs in which the start record's times drifted is repeated; after this many the host is too unsteady to say."""
+"""A session of pairs in which the start record's times drifted is repeated; after so many the host is too unsteady."""
 
 Outcome = Literal["continue", "accept", "reject", "void"]
 

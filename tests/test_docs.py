@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from test_timed import job_of
 from nanogpt_env.backends.local import LocalBackend
 from nanogpt_env.judging.static import judge_source
 from nanogpt_env.tiers import builtin_tiers, load_tier
+from nanogpt_env.tracks import WallclockTier
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -91,6 +93,10 @@ def test_the_ladders_are_those_of_the_calibrations(name):
 
 def ladder(tier):
     """A tier's paragraph and table in docs/tiers.md."""
+    return (wallclock_ladder if isinstance(tier, WallclockTier) else steps_ladder)(tier)
+
+
+def steps_ladder(tier):
     c = tier.measured
     rows = [
         f"**{tier.name}**: target {tier.table.training.target:.2f} nats, sigma {c.sigma:.4f}, public minus hidden shard"
@@ -107,6 +113,27 @@ def ladder(tier):
         rows.append(
             f"| {name} | {record.technique} | {record.horizon} | {steps} | {value} | {m.loss_sd:.4f} (n = {n}) |"
         )
+    return "\n".join(rows)
+
+
+def wallclock_ladder(tier):
+    """Of the host where it was calibrated, whatever was measured on this one."""
+    c = tier.measured
+    tier = tier.model_copy(update={"host": None})
+    rows = [
+        f"**{tier.name}**: target {tier.table.training.target:.2f} nats, sigma {c.sigma:.4f}, sd of a pair"
+        f" {c.timing.pair_sd:.2%}, table floor {c.table_floor['bigrams']:.2f} nats"
+        f" ({c.table_floor['finished']:.2f} after a short finish)",
+        "",
+        "| record | technique | tokens | time / start's | value | hidden loss | power |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, record in tier.records.items():
+        m, ratio = c.records[name], c.timing.log_ratios.get(name)
+        time = "1" if ratio is None else f"{math.exp(ratio):.3f} ± {c.timing.log_ratio_errors[name]:.1%}"
+        loss = f"{m.loss_mean:.3f} ± {m.loss_sd:.4f} (n = {m.loss_n})"
+        value = f"{tier.value_of(name):.3f}"
+        rows.append(f"| {name} | {record.technique} | {m.tokens:,} | {time} | {value} | {loss} | {m.power:.2f} |")
     return "\n".join(rows)
 
 

@@ -36,7 +36,7 @@ def _folders(tmp_path, monkeypatch):
 
 
 def backend(script=lambda job, number: 4.5, kind="auto", **options):
-    return Shared(FakeBackend(script, **options), kind)
+    return Shared(FakeBackend(script, **options), lambda: kind)
 
 
 def until(condition, seconds=10.0):
@@ -133,7 +133,7 @@ class Slow(FakeBackend):
 
 
 def test_a_run_that_is_under_way_is_waited_for():
-    one, two = Shared(Slow(), "auto"), backend()
+    one, two = Shared(Slow(), lambda: "auto"), backend()
     first = one.start(job(), share=True)
     until(lambda: one.inner.runs)
     second = two.start(job(), share=True)
@@ -146,7 +146,7 @@ def test_a_run_that_is_under_way_is_waited_for():
 
 
 def test_a_wait_for_somebody_elses_run_can_be_cancelled():
-    one, two = Shared(Slow(), "auto"), backend()
+    one, two = Shared(Slow(), lambda: "auto"), backend()
     one.start(job(), share=True)
     until(lambda: one.inner.runs)
     second = two.start(job(), share=True)
@@ -159,7 +159,7 @@ def test_a_wait_for_somebody_elses_run_can_be_cancelled():
 def test_when_the_trainer_of_a_shared_run_dies_the_next_one_trains():
     code = (
         "import sys, test_shared_runs as t\n"
-        "b = t.Shared(t.Slow(), 'auto')\nb.start(t.job(), share=True)\n"
+        "b = t.Shared(t.Slow(), lambda: 'auto')\nb.start(t.job(), share=True)\n"
         "t.until(lambda: b.inner.runs)\nprint('started', flush=True)\nt.time.sleep(60)\n"
     )
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
@@ -191,6 +191,11 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOGPT_ENV_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(BackendError, match="NANOGPT_ENV_CACHE"):
         backend().start(job(), share=True)
+
+
+def test_a_missing_corpus_is_a_failure_of_ours():
+    with pytest.raises(BackendError, match="nowhere"):
+        backend().start(job().model_copy(update={"corpus": "/nowhere"}), share=True)
 
 
 # --- an episode's seeds ---

@@ -145,8 +145,7 @@ class LocalBackend:
 
     def start(self, job: Job, share: bool = False) -> LocalRun:
         with self._lock:
-            if self.sandbox == "auto":
-                self.sandbox = sandbox_report()["auto"]
+            self._settle()
             run, self._spare = self._spare or LocalRun(job.track, self.sandbox, self.hidden), None
             if run.done() or run.track != job.track:  # a spare that died while it waited, or waits for other work
                 run.close()
@@ -156,6 +155,16 @@ class LocalBackend:
             if self.warm:
                 self._spare = LocalRun(job.track, self.sandbox, self.hidden)
             return run
+
+    def kind(self) -> str:
+        """The sandbox that runs get, 'auto' decided."""
+        with self._lock:
+            return self._settle()
+
+    def _settle(self) -> str:
+        if self.sandbox == "auto":
+            self.sandbox = sandbox_report()["auto"]
+        return self.sandbox
 
     def exclusive(self, on_wait: Callable[[], None] = lambda: None) -> contextlib.AbstractContextManager[None]:
         """Nothing to wait for: runs take no turns here (`Queued` adds that)."""

@@ -76,9 +76,9 @@ class SharedRun(ThreadedRun):
 
 
 class Shared:
-    """`inner`, trained once for identical runs. `kind`: of sandbox. Closing it closes `inner`."""
+    """`inner`, trained once for identical runs. `kind` tells the sandbox that runs get. Closing it closes `inner`."""
 
-    def __init__(self, inner: Backend, kind: str) -> None:
+    def __init__(self, inner: Backend, kind: Callable[[], str]) -> None:
         self.inner, self.kind = inner, kind
         self.folder = cache_dir() / "runs"
         self._runs: list[SharedRun] = []
@@ -91,7 +91,11 @@ class Shared:
         except OSError as error:
             raise BackendError(f"cannot write {self.folder}: {error.strerror}; set NANOGPT_ENV_CACHE") from None
         _prune(self.folder)
-        run = SharedRun(self.inner.start, job, self.folder / f"{self._key(job)}.json")
+        try:
+            path = self.folder / f"{self._key(job)}.json"
+        except OSError as error:
+            raise BackendError(f"cannot read the corpus in {job.corpus}: {error.strerror}") from None
+        run = SharedRun(self.inner.start, job, path)
         self._runs = [*(r for r in self._runs if not r.done()), run]
         return run
 
@@ -107,7 +111,7 @@ class Shared:
                 run.result(POLL_S)
 
     def _key(self, job: Job) -> str:
-        content = job.model_dump_json(exclude={"limits", "cores", "cache"}) + job.track + self.kind
+        content = job.model_dump_json(exclude={"limits", "cores", "cache"}) + job.track + self.kind()
         manifest = (Path(job.corpus) / "manifest.json").read_bytes()
         return hashlib.sha256(content.encode() + manifest + _trainer()).hexdigest()
 
@@ -121,8 +125,11 @@ def _trainer() -> bytes:
 
 def _prune(folder: Path) -> None:
     """Throw away the results that were not used for longest."""
-    kept = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    for path in kept[: max(0, len(kept) - KEEP)]:
+    used = []
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            used.append((path.stat().st_mtime, path))
+    for _, path in sorted(used)[: max(0, len(used) - KEEP)]:
         path.unlink(missing_ok=True)
         path.with_suffix(".lock").unlink(missing_ok=True)
 
