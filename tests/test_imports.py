@@ -20,8 +20,8 @@ HEAVY = {"torch", "scipy", "docker", "openai", "anthropic", "rich", "typer", "ma
 # them first, re-exports what users need.
 LAYERS = [
     "errors", "types", "actions", "content", "slots", "stats", "timing", "scoring", "budget", "ledger", "replay",
-    "tables", "tiers", "claims", "workspace", "judging", "judging.static", "backends", "backends.local", "verify",
-    "episode", "report", "spaces", "env", "agents", "plots", "calibrate", "display", "cli",
+    "tables", "tiers", "claims", "workspace", "judging", "judging.static", "backends", "backends.trainers",
+    "backends.local", "verify", "episode", "report", "spaces", "env", "agents", "plots", "calibrate", "display", "cli",
 ]  # fmt: skip
 
 
