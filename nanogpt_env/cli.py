@@ -193,6 +193,8 @@ def doctor(as_json: JsonOption = False) -> int:
             )
             table.add_row(f"sandbox {name}", state)
         table.add_row("sandbox auto", found["sandboxes"]["auto"])
+        warm = found["sandboxes"]["warm_starts"]
+        table.add_row("warm starts", "available" if warm["available"] else f"not available: {warm['reason']}")
         console.print(table)
         for line in advice:
             _say(f"- {line}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
 from processes import descendants, left_after, of_this_process
 from rules import SGD, schedule, train
 from test_timed import HONEST, job_of
 
 from nanogpt_env.backends.local import LocalBackend, sandbox_report
-from nanogpt_env.content import content_root
 
 # --- the same confinement ---
 
@@ -178,7 +175,9 @@ def test_nothing_of_an_earlier_candidate_is_visible(sealed, tier):
 
 def test_nothing_of_a_candidate_at_the_same_time_is_visible(sealed, tier):
     wait = "def schedule(step, horizon, optimizers):\n    if step: time.sleep(1000)\n"
-    first = sealed.start(tier.job(f"{SGD}{LEAVE}leave()\nprint('left', flush=True)\n{wait}", 3, 3, "1", ("val_public",)))
+    first = sealed.start(
+        tier.job(f"{SGD}{LEAVE}leave()\nprint('left', flush=True)\n{wait}", 3, 3, "1", ("val_public",))
+    )
     while first.progress() is None and not first.done():
         time.sleep(0.05)
         if left_something(of_this_process()):
@@ -300,6 +299,7 @@ def test_nothing_outlives_a_killed_owner(tmp_path):
 import sys
 sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
 from test_forkserver import *
+from conftest import TINY
 from nanogpt_env.tiers import load_tier
 backend = LocalBackend("bubblewrap", warm=True)
 under_way(backend, load_tier(TINY))
@@ -329,22 +329,6 @@ def test_many_runs_leave_no_process_file_or_mount(own, tier):
 
 
 # --- where it does not work ---
-
-
-@pytest.fixture
-def broken(tmp_path, monkeypatch):
-    """Our content with a change in gpu_backend."""
-    root = tmp_path / "root"
-    shutil.copytree(content_root() / "gpu_backend", root / "gpu_backend")
-    monkeypatch.setattr("nanogpt_env.backends.trainers.content_root", lambda: root)
-    monkeypatch.setattr("nanogpt_env.backends.local.content_root", lambda: root)
-
-    def change(file, old, new):
-        path = root / "gpu_backend" / file
-        assert path.read_text().count(old) == 1
-        path.write_text(path.read_text().replace(old, new))
-
-    return change
 
 
 THREAD = "import threading, time; threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
