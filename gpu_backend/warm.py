@@ -26,21 +26,28 @@ class Forked(sandbox.Process):
     pidfd: int
     alive: int
 
+    def peak_bytes(self) -> int:
+        found = super().peak_bytes()
+        return found if not self._ended(0.0) else 0  # its number may be somebody else's by now
+
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def kill(self) -> None:
         self.stop()
-        # init of its pid namespace: what is in it ends first
-        if not select.select([self.pidfd], [], [], sandbox.KILL_TIMEOUT_S)[0]:
+        if not self._ended(sandbox.KILL_TIMEOUT_S):
             raise TimeoutError(f"the candidate's process did not end within {sandbox.KILL_TIMEOUT_S:g} s")
         self.control.close()
+
+    def _ended(self, timeout: float) -> bool:
+        """And with it all in its pid namespace, whose init it is."""
+        return bool(select.select([self.pidfd], [], [], timeout)[0])
 
 
 @dataclass
 class Zygote:
-    """Use as a context, from one process; its forks may ask for candidates as well."""
+    """The outer end of a zygote's line. Forks of the process that launched it may ask for candidates, too."""
 
     line: socket.socket
     info: sandbox.SandboxInfo

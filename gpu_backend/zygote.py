@@ -66,7 +66,8 @@ def _fork_on_request(line: socket.socket, scratch_bytes: int) -> str:
         ready = {fd for fd, _ in poller.poll()}
         for pidfd, pipe in list(watched.items()):
             if pipe in ready:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # reaped already
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 select.select([pidfd], [], [])
             if pipe in ready or pidfd in ready:
                 del watched[pidfd]

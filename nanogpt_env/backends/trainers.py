@@ -80,13 +80,13 @@ class ForkServer:
         """Until it is known whether it can fork: then `reason` says why not, and `sandbox` is no longer 'auto'."""
         if self._ready:
             return
-        self._ready = True
         self._line.settimeout(READY_TIMEOUT_S)
         try:
             told = json.loads(self._line.recv(65536) or b'{"reason": "the fork server ended before it was ready"}')
         except OSError as error:
             told = {"reason": f"the fork server is not ready: {error}"}
         self.sandbox, self.reason = told.get("sandbox", self.sandbox), told["reason"]
+        self._ready = True
 
     def fork(self, track: str) -> ForkedTrainer | None:
         """None if it cannot, or has died."""
