@@ -18,6 +18,7 @@ from typing import Any
 
 FRAME = struct.Struct("<4I")  # (command or status, three arguments)
 LENGTH = struct.Struct("<I")  # before the JSON set-up message
+LOADED = b"!"  # from a process started for one job, before it takes it
 # statuses, from either side
 DONE, ERROR, OUT_OF_MEMORY, END = 1, 2, 3, 4
 # the trainer asks an update rule
@@ -38,10 +39,11 @@ def receive(control: socket.socket) -> tuple[int, int, int, int] | None:
 
 
 def arrive() -> socket.socket:
-    """What a process does that is started for one job: load what takes long; the control line."""
+    """What a process does that is started for one job: load what takes long, and say so; the control line."""
     die_with_parent()
     control = socket.socket(fileno=int(sys.argv[1]))
     preload()
+    control.sendall(LOADED)
     return control
 
 

@@ -26,6 +26,7 @@ HOST_FILES = ("host.py", "rule_host.py", "train_host.py", "speedrun.py", "model.
 ZYGOTE_FILES = ("zygote.py", "confine.py", "seccomp.py")
 SCRATCH_BYTES = 16 << 20
 KILL_TIMEOUT_S = 5.0
+LOAD_TIMEOUT_S = 60.0
 CHOICES = ("auto", "bubblewrap", "plain")
 
 HOW_TO_TRUST = (
@@ -67,6 +68,9 @@ class Process:
         found = re.search(r"^VmHWM:\s+(\d+) kB$", status.partition("\n")[2], re.MULTILINE)  # past the name
         return int(found[1]) * 1024 if found else 0
 
+    def wait_loaded(self) -> None:
+        """Until it can take a job, so that no limit of the job counts what came before. Raises `SandboxError`."""
+
     def stop(self) -> None:
         """Kill it, from any thread, without waiting."""
         raise NotImplementedError
@@ -81,6 +85,15 @@ class Launched(Process):
     """Started for one job; `launcher` is our child."""
 
     launcher: subprocess.Popen[bytes]
+
+    def wait_loaded(self) -> None:
+        self.control.settimeout(LOAD_TIMEOUT_S)
+        try:
+            told = self.control.recv(1)  # from our own code: the candidate's is not there yet
+        except OSError as error:
+            raise SandboxError(f"the candidate's process does not get ready: {error}") from None
+        if not told:
+            raise SandboxError("the candidate's process ended before it was ready")
 
     def stop(self) -> None:
         if self.launcher.poll() is None:  # else its number may be somebody else's by now

@@ -247,6 +247,11 @@ def serve(track: Track, launch: Callable[[int], sandbox.Process]) -> int:
         except (TypeError, ValueError) as error:
             emit("error", message=f"not a valid job: {error}")
             return 2
+        try:
+            process.wait_loaded()
+        except sandbox.SandboxError as error:
+            emit("error", message=str(error))
+            return 3
         cancel = Cancel(process)
         threading.Thread(target=cancel.watch, daemon=True).start()
         try:

@@ -42,6 +42,7 @@ def main() -> None:
     line.send(READY)
     if name := _fork_on_request(line, scratch_bytes):
         del line
+        sys.argv[1:] = [str(confine.CONTROL_FD)]  # as for a cold start
         if numpy := sys.modules.get("numpy"):
             numpy.random.seed()  # Python's own generator does so by itself, torch's is seeded by the job
         hosts[name](socket.socket(fileno=confine.CONTROL_FD))

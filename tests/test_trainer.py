@@ -203,7 +203,6 @@ def test_faults_end_the_run_with_a_reason_and_leave_no_process(backend, tier, fa
     body, limits, reason = FAULTS[fault]
     if fault == "stops itself" and backend.sandbox == "bubblewrap":
         reason = "completed"  # the init of a pid namespace cannot stop itself
-    train(backend, tier, SGD, steps=1)  # what is started once stays
     before = of_this_process()
     result = train(backend, tier, IS_SOCKET + schedule(body), **limits)
     assert result.exit_reason == reason, result.detail
