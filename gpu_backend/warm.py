@@ -112,9 +112,9 @@ class Zygote:
 
 def _number(pidfd: int) -> int:
     """In our pid namespace."""
-    found = re.search(r"^Pid:\s+(\d+)$", Path(f"/proc/self/fdinfo/{pidfd}").read_text(), re.MULTILINE)
+    found = re.search(r"^Pid:\s+([1-9]\d*)$", Path(f"/proc/self/fdinfo/{pidfd}").read_text(), re.MULTILINE)
     if not found:
-        raise OSError("the forked candidate is in a pid namespace that we do not see")
+        raise OSError("the forked process has ended already, or is in a pid namespace that we do not see")
     return int(found[1])
 
 

@@ -34,8 +34,9 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 def main() -> None:
     host.die_with_parent()
     line, scratch_bytes = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    hosts: dict[str, Callable[[socket.socket], None]] = {}
-    if "--bare" not in sys.argv:
+    if "--bare" in sys.argv:
+        hosts: dict[str, Callable[[socket.socket], object]] = {"rule_host": lambda control: control.recv(1)}
+    else:
         host.preload()
         hosts = _hosts()
     gc.freeze()  # else each candidate's first collection copies what all of them share
@@ -48,7 +49,7 @@ def main() -> None:
         hosts[name](socket.socket(fileno=confine.CONTROL_FD))
 
 
-def _hosts() -> dict[str, Callable[[socket.socket], None]]:
+def _hosts() -> dict[str, Callable[[socket.socket], object]]:
     import rule_host
     import train_host
 
