@@ -50,6 +50,7 @@ def repeat(tier: StepsTier, source: str, steps: int, number: int) -> dict[str, f
     log = BoundedLog()
     process = sandbox.launch("bubblewrap", [content_root()], log.write_fd)
     log.close_writer()
+    process.wait_loaded()
     try:
         # which model was made first alternates: where it lies in memory moves its time by several percent
         ours, theirs = (Training(job, Result(), lambda: False) for _ in range(2))

@@ -18,6 +18,7 @@ from typing import Any
 
 FRAME = struct.Struct("<4I")  # (command or status, three arguments)
 LENGTH = struct.Struct("<I")  # before the JSON set-up message
+LOADED = b"!"  # from a process started for one job, before it takes it
 # statuses, from either side
 DONE, ERROR, OUT_OF_MEMORY, END = 1, 2, 3, 4
 # the trainer asks an update rule
@@ -37,17 +38,26 @@ def receive(control: socket.socket) -> tuple[int, int, int, int] | None:
     return FRAME.unpack(data) if len(data) == FRAME.size else None
 
 
-def begin() -> tuple[socket.socket, dict[str, Any], mmap.mmap] | None:
-    """Load what takes long, wait for the job, take the limits on: (control, message, shared memory).
-
-    None if the trainer closed the line before it had a job for this warm process.
-    """
-    _die_with_parent()
+def arrive() -> socket.socket:
+    """What a process does that is started for one job: load what takes long, and say so; the control line."""
+    die_with_parent()
     control = socket.socket(fileno=int(sys.argv[1]))
+    preload()
+    control.sendall(LOADED)
+    return control
+
+
+def preload() -> None:
     import torch
 
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)])  # the first optimizer ever made imports torch's compiler: over a second
+
+
+def begin(control: socket.socket) -> tuple[dict[str, Any], mmap.mmap] | None:
+    """Wait for the job, take the limits on: (message, shared memory). None if the trainer closed the line before."""
+    import torch
+
     head, fds, _, _ = socket.recv_fds(control, LENGTH.size, 1)
     if len(head) < LENGTH.size:
         return None
@@ -55,7 +65,7 @@ def begin() -> tuple[socket.socket, dict[str, Any], mmap.mmap] | None:
     message: dict[str, Any] = json.loads(control.recv(length, socket.MSG_WAITALL))
     _limit(message["memory_bytes"], message["threads"])
     torch.manual_seed(message["seed"])
-    return control, message, mmap.mmap(fds[0], message["shared_bytes"])
+    return message, mmap.mmap(fds[0], message["shared_bytes"])
 
 
 def fail(control: socket.socket, error: BaseException) -> None:
@@ -66,7 +76,7 @@ def fail(control: socket.socket, error: BaseException) -> None:
     send(control, OUT_OF_MEMORY if memory else ERROR)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)

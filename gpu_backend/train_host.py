@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import socket
 import sys
 import types
 from pathlib import Path
@@ -13,11 +14,12 @@ import host
 import speedrun
 
 
-def main() -> None:
-    begun = host.begin()
+def serve(control: socket.socket) -> None:
+    """One job, to its end."""
+    begun = host.begin(control)
     if begun is None:
         return
-    control, message, shared = begun
+    message, shared = begun
     try:
         speedrun._connect(control, shared, message)
         for name, source in message["sources"].items():
@@ -31,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(host.arrive())

@@ -1,8 +1,8 @@
 """Train one candidate for real: owns model, batches, forward, backward, evaluation and seeds.
 
-One process serves one run. It starts the sandbox and loads torch, then waits for a job, one JSON line on
-standard input, so that a caller can keep a warm one ready. It answers on standard output with JSON lines:
-`progress` events and at last one `result`. A further line on standard input, or its end, cancels the run.
+One process serves one run. It starts the sandbox and loads torch, then takes a job, one JSON line on standard
+input. It answers on standard output with JSON lines: `progress` events and at last one `result`. A further line on
+standard input, or its end, cancels the run. Warm ones are forked (forkserver.py).
 
     python trainer.py [--track steps|wallclock] [--sandbox auto|bubblewrap|plain] [--hide FOLDER]...
 """
@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,7 @@ class Cancel:
     def watch(self) -> None:
         sys.stdin.readline()
         self.called = True
-        if self.process.launcher.poll() is None:  # else its number may be somebody else's by now
-            sandbox.kill_pid(self.process.pid)
+        self.process.stop()
 
 
 def emit(event: str, **fields: Any) -> None:
@@ -215,35 +215,44 @@ def _hardware() -> dict[str, Any]:
     return {"cpu": name, "cores": os.cpu_count(), "simd": capability, "threads": 1}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sandbox", default="auto", choices=sandbox.CHOICES)
-    parser.add_argument("--track", default="steps", choices=list(TRACKS))
-    parser.add_argument("--hide", action="append", default=[], help="folder no candidate may see")
-    args = parser.parse_args()
-    sandbox.adopt_orphans()
+def preload() -> None:
+    """What takes long, whatever the job."""
+    import safetensors.torch  # noqa: F401
+    import torch
+
+    import timed  # noqa: F401
+    import training  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def serve(track: Track, launch: Callable[[int], sandbox.Process]) -> int:
+    """One run: the job from standard input, events to standard output. `launch` starts the candidate's process, which
+    prints to the given descriptor. The exit code."""
     # the job's, whatever the locale; typeshed does not know that it is a TextIOWrapper
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     log = BoundedLog()
-    hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
     try:
-        process = sandbox.launch(args.sandbox, hidden, log.write_fd, TRACKS[args.track].host)
+        process = launch(log.write_fd)
     except sandbox.SandboxError as error:
         emit("error", message=str(error))
         return 3
     log.close_writer()
     try:
-        import torch
-
-        torch.set_num_threads(1)
+        preload()
         line = sys.stdin.readline()
         if not line:
-            return 0  # a warm trainer that was not needed
+            return 0  # nothing to do after all
         try:
-            job = TRACKS[args.track].job(**json.loads(line))
+            job = track.job(**json.loads(line))
         except (TypeError, ValueError) as error:
             emit("error", message=f"not a valid job: {error}")
             return 2
+        try:
+            process.wait_loaded()
+        except sandbox.SandboxError as error:
+            emit("error", message=str(error))
+            return 3
         cancel = Cancel(process)
         threading.Thread(target=cancel.watch, daemon=True).start()
         try:
@@ -255,6 +264,19 @@ def main() -> int:
         return 0
     finally:
         process.kill()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sandbox", default="auto", choices=sandbox.CHOICES)
+    parser.add_argument("--track", default="steps", choices=list(TRACKS))
+    parser.add_argument("--hide", action="append", default=[], help="folder no candidate may see")
+    parser.add_argument("--note", default="", help="for the results, about the sandbox")
+    args = parser.parse_args()
+    sandbox.adopt_orphans()
+    hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
+    track = TRACKS[args.track]
+    return serve(track, lambda log_fd: sandbox.launch(args.sandbox, hidden, log_fd, track.host, args.note))
 
 
 if __name__ == "__main__":

@@ -172,6 +172,8 @@ def doctor(as_json: JsonOption = False) -> int:
             table.add_row(f"sandbox {name}", state)
         table.add_row("sandbox auto", found["sandboxes"]["auto"])
         table.add_row("slots", "\n".join(map(_slot, found["slots"])) or "all cores free")
+        warm = found["sandboxes"]["warm_starts"]
+        table.add_row("warm starts", "available" if warm["available"] else f"not available: {warm['reason']}")
         console.print(table)
         for line in advice:
             say(f"- {line}")

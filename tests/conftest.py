@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from fakes import FakeBackend
 
 from nanogpt_env import Speedrun
 from nanogpt_env.backends.local import LocalBackend
+from nanogpt_env.content import content_root
 from nanogpt_env.tiers import load_tier
 
 TINY = Path(__file__).parent / "tiny-steps"
@@ -51,6 +53,9 @@ def tier():
 def backend(request):
     """What trains for real, in every sandbox."""
     backend = LocalBackend(request.param, warm=True)
+    if backend._server:
+        backend._server.wait()  # what it starts once and keeps is there now
+        assert backend._server.reason == ""
     yield backend
     backend.close()
 
@@ -60,3 +65,19 @@ def sealed():
     backend = LocalBackend("bubblewrap", warm=True)
     yield backend
     backend.close()
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Changes our trainer for one test: (file, old text, new text)."""
+    root = tmp_path / "root"
+    shutil.copytree(content_root() / "gpu_backend", root / "gpu_backend")
+    monkeypatch.setattr("nanogpt_env.backends.trainers.content_root", lambda: root)
+    monkeypatch.setattr("nanogpt_env.backends.local.content_root", lambda: root)  # its report
+
+    def change(file, old, new):
+        path = root / "gpu_backend" / file
+        assert path.read_text().count(old) == 1
+        path.write_text(path.read_text().replace(old, new))
+
+    return change

@@ -58,19 +58,3 @@ def command_lines():
         except OSError:
             continue
     return "\n".join(lines)
-
-
-def hosts():
-    """Rule hosts that belong to this test process's backends (other test runs may go on beside us)."""
-    cache = os.environ["NANOGPT_ENV_CACHE"]
-    trainers = {
-        line.split(" ", 1)[0] for line in command_lines().splitlines() if "trainer.py" in line and cache in line
-    }
-    children = 0
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if entry.read_text(errors="replace").rpartition(")")[2].split()[1] in trainers:
-                children += 1
-        except OSError:
-            continue
-    return children

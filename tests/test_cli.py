@@ -225,7 +225,8 @@ def test_doctor():
     assert found["sandboxes"]["plain"]["trusted"] is False
     assert set(builtin_tiers()) <= set(found["tiers"])
     text = call("doctor").stdout
-    assert found["torch"] in text and "sandbox auto" in text
+    assert found["torch"] in text and "sandbox auto" in text and "warm starts" in text
+    assert found["sandboxes"]["warm_starts"]["available"] is True
     assert found["slots"] == [] and "all cores free" in text
 
 

@@ -14,6 +14,16 @@ from nanogpt_env.backends.local import LocalBackend, sandbox_report
 from nanogpt_env.content import content_root
 from nanogpt_env.errors import BackendError
 
+
+@pytest.fixture(scope="module", params=["cold", "forked"])
+def sealed(request):
+    """Every test here holds for both ways to start a candidate."""
+    backend = LocalBackend("bubblewrap", warm=request.param == "forked")
+    yield backend
+    assert request.param == "cold" or backend.cold_because == ""
+    backend.close()
+
+
 # --- the sandbox ---
 
 PROBE = """
@@ -49,9 +59,21 @@ attempt('fill /tmp', fill)
 attempt('kill -1', lambda: os.kill(-1, 9))
 attempt('sched_setaffinity', lambda: os.sched_setaffinity(0, os.sched_getaffinity(0)))
 libc = ctypes.CDLL(None, use_errno=True)
-for name, arguments in (('memfd_create', (b'x', 0)), ('unshare', (0x10000000,)), ('ptrace', (0, 0, 0, 0))):
+sys_admin = (ctypes.c_uint32 * 6)(1 << 21, 1 << 21, 1 << 21, 0, 0, 0)
+# 428, 430, 435: open_tree, fsopen, clone3; prctl: death signal, an ambient capability, secure bits
+for name, arguments in (
+    ('memfd_create', (b'x', 0)), ('unshare', (0x10000000,)), ('ptrace', (0, 0, 0, 0)), ('setns', (0, 0)),
+    ('mount', (b'x', b'/tmp', b'tmpfs', 0, None)), ('mount', (None, b'/proc', None, 0x1020, None)),
+    ('umount2', (b'/proc', 2)), ('umount2', (b'/tmp', 2)), ('umount2', (b'/dev/shm', 2)), ('chroot', (b'/tmp',)),
+    ('syscall', (428, -100, b'/', 1)), ('syscall', (430, b'tmpfs', 0)), ('syscall', (435, 0, 0)),
+    ('setuid', (0,)), ('setgroups', (0, None)), ('sethostname', (b'x', 1)),
+    ('capset', ((ctypes.c_uint32 * 2)(0x20080522, 0), sys_admin)),
+    ('prctl', (1, 9, 0, 0, 0)), ('prctl', (47, 2, 21, 0, 0)), ('prctl', (28, 1, 0, 0, 0)),
+):
     libc_result = getattr(libc, name)(*arguments)
-    print(name, 'ALLOWED' if libc_result >= 0 else 'refused')
+    print(name, arguments, 'ALLOWED' if libc_result >= 0 else 'refused')
+for path in ('sys/user/max_user_namespaces', 'sys/kernel/hostname', 'self/uid_map', 'self/setgroups', 'sysrq-trigger'):
+    attempt('write /proc/' + path, lambda: open('/proc/' + path, 'w'))
 print('content', [p for p in HIDDEN if os.path.exists(p)])
 print('environment', sorted(os.environ))
 print('pids', [p for p in os.listdir('/proc') if p.isdigit()])
@@ -103,15 +125,10 @@ def test_a_process_name_of_odd_bytes_is_no_failure_of_ours(sealed, tier, name):
     assert result.candidate_peak_bytes > 50 << 20
 
 
-def test_an_unexpected_trainer_fault_is_a_result_not_a_free_rerun(sealed, tier, tmp_path, monkeypatch):
-    import shutil
-
-    root = tmp_path / "root"
-    shutil.copytree(content_root() / "gpu_backend", root / "gpu_backend")
-    training = root / "gpu_backend" / "training.py"
-    training.write_text(training.read_text().replace("rule.step(step, seconds)", "raise ZeroDivisionError", 1))
-    monkeypatch.setattr("nanogpt_env.backends.local.content_root", lambda: root)
-    backend = LocalBackend("bubblewrap")
+@pytest.mark.parametrize("warm", [False, True])
+def test_an_unexpected_trainer_fault_is_a_result_not_a_free_rerun(tier, warm, broken):
+    broken("training.py", "rule.step(step, seconds)", "raise ZeroDivisionError")
+    backend = LocalBackend("bubblewrap", warm)
     try:
         assert train(backend, tier, SGD).exit_reason == "trainer_error"
     finally:
@@ -187,19 +204,21 @@ def test_auto_is_decided_once_for_a_backend(tier):
         backend.close()
 
 
-def test_folders_named_hidden_are_not_visible_below_a_mounted_path(tier):
+@pytest.mark.parametrize("warm", [False, True])
+def test_folders_named_hidden_are_not_visible_below_a_mounted_path(tier, warm):
     import sysconfig
 
     folder = Path(sysconfig.get_paths()["purelib"]) / "scipy"  # stands for a tier installed by a package
     source = SGD + f"import os\nprint('seen', os.listdir({str(folder)!r}))\n"
-    backend = LocalBackend("bubblewrap", hidden=[folder])
+    backend = LocalBackend("bubblewrap", warm, hidden=[folder])
     try:
         assert "seen []" in train(backend, tier, source, steps=1).log
     finally:
         backend.close()
 
 
-def test_an_interpreter_below_tmp_works(tier, tmp_path):
+@pytest.mark.parametrize("warm", [False, True])
+def test_an_interpreter_below_tmp_works(tier, warm, monkeypatch):
     """The sandbox mounts its own /tmp, which must not hide a virtual environment that lies there."""
     import subprocess
     import sys
@@ -209,11 +228,17 @@ def test_an_interpreter_below_tmp_works(tier, tmp_path):
     try:
         site = next(venv.glob("lib/python*/site-packages"))
         (site / "ours.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
-        report = subprocess.run(
-            [venv / "bin" / "python", content_root() / "gpu_backend" / "sandbox.py"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert '"auto": "bubblewrap"' in report.stdout, report.stdout
+        monkeypatch.setattr(sys, "executable", str(venv / "bin" / "python"))
+        report = sandbox_report()
+        assert report["auto"] == "bubblewrap" and report["warm_starts"]["available"], report
+        backend = LocalBackend("bubblewrap", warm)
+        source = (
+            f"{SGD}import os\nprint(os.listdir({str(venv)!r}), [x for x in os.listdir('/tmp') if 'torch' not in x])\n"
+        )
+        result = train(backend, tier, source, steps=1)
+        backend.close()
+        assert "'bin'" in result.log and f"['{venv.name}']" in result.log
+        assert warm == (result.sandbox.note == "warm start")
     finally:
         import shutil
 

@@ -1,10 +1,9 @@
-"""Trains on this machine: one trainer process per run, which starts the sandbox."""
+"""Trains on this machine: one trainer process per run, and the candidate's in its sandbox."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -13,49 +12,29 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from nanogpt_env.content import cache_dir, content_root
+from nanogpt_env.backends.trainers import CLOSE_TIMEOUT_S, ForkServer, Trainer, launch
+from nanogpt_env.content import content_root
 from nanogpt_env.errors import BackendError
 from nanogpt_env.types import Job, Progress, RunResult
 
 SANDBOXES = ("auto", "bubblewrap", "plain")
-CLOSE_TIMEOUT_S = 15.0
 STDERR_LINES = 30
 
 
 class LocalRun:
-    """A trainer process. It is started before its job is known, so that a warm one can wait."""
+    """A job and the trainer process that has it."""
 
-    def __init__(self, track: str, sandbox: str, hidden: Iterable[Path] = ()) -> None:
-        self.track = track
-        trainer = content_root() / "gpu_backend" / "trainer.py"
-        command = [sys.executable, str(trainer), "--track", track, "--sandbox", sandbox]
-        for folder in (cache_dir(), *hidden):
-            command += ["--hide", str(folder)]
-        # PYTHON* variables of the caller must not change what the trainer imports
-        env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                encoding="utf-8",  # whatever the locale
-                errors="replace",
-                env=env | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C reaches us only; we end the trainer
-            )
-        except OSError as error:
-            raise BackendError(f"cannot start the trainer: {error}") from None
+    def __init__(self, process: Trainer, job: Job) -> None:
+        self._process = process
         self._result: RunResult | None = None
         self._error = ""
+        self._exit_code = 0
         self._progress: Progress | None = None
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
         self._ended = threading.Event()
         errors = threading.Thread(target=self._read_errors, daemon=True)
         errors.start()
         threading.Thread(target=self._read, args=(errors,), daemon=True).start()
-
-    def begin(self, job: Job) -> None:
         self._write(job.model_dump_json())
 
     def progress(self) -> Progress | None:
@@ -79,12 +58,9 @@ class LocalRun:
         with contextlib.suppress(OSError, ValueError):
             if self._process.stdin:
                 self._process.stdin.close()  # the trainer takes this as a cancellation
-        try:
-            self._process.wait(CLOSE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        if not self._ended.wait(CLOSE_TIMEOUT_S):
             self._process.kill()  # the sandbox dies with its parent
-            self._process.wait()
-        self._ended.wait(CLOSE_TIMEOUT_S)
+            self._ended.wait(CLOSE_TIMEOUT_S)
 
     def _write(self, line: str) -> None:
         assert self._process.stdin
@@ -97,7 +73,7 @@ class LocalRun:
         for line in self._process.stdout:
             with contextlib.suppress(ValueError, KeyError):
                 self._take(json.loads(line))
-        self._process.wait()
+        self._exit_code = self._process.wait()
         errors.join(1.0)
         for stream in (self._process.stdout, self._process.stderr, self._process.stdin):
             with contextlib.suppress(OSError, ValueError):
@@ -127,33 +103,31 @@ class LocalRun:
                 "training needs PyTorch and safetensors, which are not installed for this Python. Install the PyTorch "
                 "build for your CPU or GPU first (README, 'Install'), then `pip install 'nanogpt_env[train]'`"
             )
-        return f"the trainer ended with exit code {self._process.returncode} and no result\n{text}".strip()
+        return f"the trainer ended with exit code {self._exit_code} and no result\n{text}".strip()
 
 
 class LocalBackend:
     """`sandbox` is 'auto', 'bubblewrap' or 'plain'; 'auto' is decided once, so that no later trouble can move a
-    candidate out of its sandbox. With `warm`, the next trainer is started ahead, so that its imports do not delay
-    the next run. No candidate sees the `hidden` folders. Raises `ValueError` for an unknown sandbox."""
+    candidate out of its sandbox. With `warm`, each run's processes are forked from ones that have loaded what they
+    need, which bubblewrap allows for (docs/design/warm-starts.md); `cold_because` says why not. No candidate sees the
+    `hidden` folders. Raises `ValueError` for an unknown sandbox."""
 
     def __init__(self, sandbox: str = "auto", warm: bool = False, hidden: Iterable[Path] = ()) -> None:
         if sandbox not in SANDBOXES:
             raise ValueError(f"sandbox must be one of {', '.join(SANDBOXES)}, not {sandbox!r}")
-        self.sandbox, self.warm, self.hidden = sandbox, warm, tuple(hidden)
+        self.sandbox, self.hidden = sandbox, tuple(hidden)
+        self.cold_because = "" if warm else "warm starts were not asked for"
+        if warm and (sandbox == "plain" or not sys.platform.startswith("linux")):
+            self.cold_because = "warm starts need Linux and bubblewrap"
         self._runs: list[LocalRun] = []
-        self._spare: LocalRun | None = None
+        self._server = None if self.cold_because else ForkServer(sandbox, self.hidden)
+        self._restarts = 1
         self._lock = threading.Lock()
 
     def start(self, job: Job, share: bool = False) -> LocalRun:
         with self._lock:
-            self._settle()
-            run, self._spare = self._spare or LocalRun(job.track, self.sandbox, self.hidden), None
-            if run.done() or run.track != job.track:  # a spare that died while it waited, or waits for other work
-                run.close()
-                run = LocalRun(job.track, self.sandbox, self.hidden)
+            run = LocalRun(self._forked(job.track) or self._launched(job.track), job)
             self._runs = [*(r for r in self._runs if not r.done()), run]
-            run.begin(job)
-            if self.warm:
-                self._spare = LocalRun(job.track, self.sandbox, self.hidden)
             return run
 
     def kind(self) -> str:
@@ -162,6 +136,9 @@ class LocalBackend:
             return self._settle()
 
     def _settle(self) -> str:
+        if self.sandbox == "auto" and self._server:
+            self._server.wait()
+            self.sandbox = self._server.sandbox
         if self.sandbox == "auto":
             self.sandbox = sandbox_report()["auto"]
         return self.sandbox
@@ -170,19 +147,40 @@ class LocalBackend:
         """Nothing to wait for: runs take no turns here (`Queued` adds that)."""
         return contextlib.nullcontext()
 
+    def _forked(self, track: str) -> Trainer | None:
+        while self._server:
+            trainer = self._server.fork(track)
+            self.sandbox = self._server.sandbox
+            if trainer:
+                return trainer
+            reason = self._server.reason
+            self._server.close()
+            self._server = None
+            if reason or not self._restarts:
+                self.cold_because = reason or "the fork server died twice"
+            else:  # it was killed, or its zygote
+                self._restarts -= 1
+                self._server = ForkServer(self.sandbox, self.hidden)
+        return None
+
+    def _launched(self, track: str) -> Trainer:
+        return launch(track, self._settle(), self.hidden, f"cold start: {self.cold_because}")
+
     def close(self) -> None:
         with self._lock:
-            runs, self._runs = [*self._runs, *([self._spare] if self._spare else [])], []
-            self._spare = None
+            runs, self._runs = self._runs, []
+            server, self._server = self._server, None
         for run in runs:
             run.cancel()
         for run in runs:
             run.close()
+        if server:
+            server.close()
 
 
 def sandbox_report() -> dict[str, Any]:
-    """What sandboxes this machine offers; see `gpu_backend/sandbox.py`."""
-    script = content_root() / "gpu_backend" / "sandbox.py"
+    """What sandboxes this machine offers; see `gpu_backend/report.py`."""
+    script = content_root() / "gpu_backend" / "report.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise BackendError(f"the sandbox check failed: {done.stderr.strip()[-500:]}")
