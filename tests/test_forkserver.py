@@ -200,13 +200,13 @@ def name(pid):
 
 
 def test_random_numbers_that_no_job_seeds_differ_between_candidates(sealed, tier):
-    source = f"import os, random, numpy\nprint(random.random(), numpy.random.random(), os.urandom(4))\n{SGD}"
+    source = f"import os, random, numpy\nprint(random.random(), numpy.random.random(), os.urandom(8).hex())\n{SGD}"
     a, b = (forked(train(sealed, tier, source, steps=1)).log.split() for _ in range(2))
     assert all(x != y for x, y in zip(a, b, strict=True))
 
 
 def test_results_are_those_of_a_cold_start_to_the_bit(sealed, cold, tier):
-    source = tier.records["fast"].source
+    source = tier.records["fast"].sources["optimizer.py"]
     a, b = (train(backend, tier, source, steps=12, seed="same") for backend in (cold, sealed))
     forked(b)
     assert (a.train_losses, a.val_losses, a.val_points) == (b.train_losses, b.val_losses, b.val_points)

@@ -22,8 +22,8 @@ LAYERS = [
     "errors", "types", "actions", "content", "slots", "stats", "timing", "trials", "scoring", "budget", "ledger",
     "replay", "tables", "tracks", "tiers", "claims", "workspace", "judging", "judging.static", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
-    "episode", "report", "spaces", "env", "agents", "plots", "measure", "calibrate", "calibrate_wallclock", "display", "cli_options",
-    "cli_tiers", "cli",
+    "episode", "report", "spaces", "env", "agents", "plots", "measure", "calibrate", "calibrate_wallclock", "display",
+    "cli_options", "cli_tiers", "cli",
 ]  # fmt: skip
 
 
