@@ -143,7 +143,7 @@ def test_readout_counts_as_the_rules_time(sealed, tier):
         "    while time.process_time() < until: pass\n"
         "    return {}\n"
     )
-    result = train(sealed, tier, source, steps=12, stall_s=30.0)
+    result = train(sealed, tier, source, steps=12, stall_s=60.0)
     assert result.exit_reason == "rule_too_slow"
 
 
