@@ -24,7 +24,7 @@ import seccomp
 HERE = Path(__file__).resolve().parent
 INSIDE = "/trainer"
 # What a candidate's process consists of; nothing else of the trainer is in a sandbox.
-HOST_FILES = ("host.py", "rule_host.py", "train_host.py", "speedrun.py", "model.py")
+HOST_FILES = ("host.py", "rule_host.py", "train_host.py", "eval_host.py", "speedrun.py", "model.py")
 SCRATCH_BYTES = 16 << 20
 KILL_TIMEOUT_S = 5.0
 CHOICES = ("auto", "bubblewrap", "plain")

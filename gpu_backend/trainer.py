@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,18 +74,26 @@ class StepsJob(Job):
 
 @dataclass(frozen=True)
 class WallclockJob(Job):
-    """Training code to run, on at most `tokens` training tokens, `max_batch_tokens` at a time."""
+    """Training code to run, on at most `tokens` training tokens, `max_batch_tokens` at a time. `model_rule` 'free':
+    sources have a `model.py` as well, whose answers are audited (`audit`: an `AuditRules`)."""
 
     sources: dict[str, str]
     tokens: int
     max_batch_tokens: int
+    model_rule: str = "fixed"
+    audit: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.max_batch_tokens <= self.tokens:
             raise ValueError("need 1 <= max_batch_tokens <= tokens")
-        if "train.py" not in self.sources:
-            raise ValueError("sources must have a train.py")
+        if self.model_rule not in ("fixed", "free"):
+            raise ValueError(f"model_rule must be 'fixed' or 'free', not {self.model_rule!r}")
+        if (self.model_rule == "free") != (self.audit is not None):
+            raise ValueError("an audit belongs to model_rule 'free', and only to it")
+        for name in ("train.py", "model.py") if self.audit else ("train.py",):
+            if name not in self.sources:
+                raise ValueError(f"sources must have a {name}")
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ class Result:
     train_losses: list[float] = field(default_factory=list)
     val_points: list[tuple[int, float]] = field(default_factory=list)
     val_losses: dict[str, float] = field(default_factory=dict)
+    audits: dict[str, dict[str, float]] = field(default_factory=dict)
     steps: int = 0
     tokens: int = 0
     flops: int = 0
@@ -129,6 +139,16 @@ class Cancel:
     def watch(self) -> None:
         sys.stdin.readline()
         self.called = True
+        self._kill()
+
+    def now(self, process: sandbox.Process) -> sandbox.Process:
+        """From here on this is the candidate's process."""
+        self.process = process
+        if self.called:
+            self._kill()
+        return process
+
+    def _kill(self) -> None:
         if self.process.launcher.poll() is None:  # else its number may be somebody else's by now
             sandbox.kill_pid(self.process.pid)
 
@@ -140,14 +160,21 @@ def emit(event: str, **fields: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel) -> Result:
-    """Train and evaluate. Candidate faults and cancellation end in a `Result`, never an exception."""
+def run(
+    job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel, hidden: list[Path] | None = None
+) -> Result:
+    """Train and evaluate. Candidate faults and cancellation end in a `Result`, never an exception. A free model is
+    evaluated in further sandboxes of the same kind, which may not see the `hidden` folders either."""
     from candidate import RunFailed
     from checkpoint import CheckpointError
 
     started = time.monotonic()
     result = Result(sandbox=asdict(process.info), versions=_versions(), hardware=_hardware())
-    setting = _setting(job, result, cancel)  # what it raises is the job's fault, no candidate's
+
+    def launch(log_fd: int) -> sandbox.Process:
+        return cancel.now(sandbox.launch(process.info.name, hidden or [CONTENT], log_fd, "eval_host.py"))
+
+    setting = _setting(job, result, cancel, launch)  # what it raises is the job's fault, no candidate's
     try:
         trained = setting.train(process, lambda: emit("progress", **_progress(job, result)))
         process.kill()  # before the final evaluation: nothing of the candidate is alive in it
@@ -166,21 +193,21 @@ def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel) -> 
         process.kill()
     if cancel.called:
         result.exit_reason, result.detail = "cancelled", "the run was cancelled"
-    result.log = log.text()
+    result.log = log.text() + result.log
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     result.trainer_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     result.device_seconds = time.monotonic() - started
     return result
 
 
-def _setting(job: Job, result: Result, cancel: Cancel) -> Any:
+def _setting(job: Job, result: Result, cancel: Cancel, launch: Callable[[int], sandbox.Process]) -> Any:
     from timed import Timed
     from training import Training
 
     if isinstance(job, StepsJob):
         return Training(job, result, lambda: cancel.called)
     assert isinstance(job, WallclockJob)
-    return Timed(job, result, lambda: cancel.called)
+    return Timed(job, result, lambda: cancel.called, launch)
 
 
 def _progress(job: Job, result: Result) -> dict[str, Any]:
@@ -246,7 +273,7 @@ def main() -> int:
         cancel = Cancel(process)
         threading.Thread(target=cancel.watch, daemon=True).start()
         try:
-            result = run(job, process, log, cancel)
+            result = run(job, process, log, cancel, hidden)
         except (ValueError, OSError) as error:  # our own configuration or data, not the candidate
             emit("error", message=str(error))
             return 2
