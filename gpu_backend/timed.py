@@ -108,7 +108,8 @@ class Timed(Setting):
                 self._ready = True
                 line.send(host.DONE)
             elif command == host.DECLARE and self._rules and not self._ready and self._declared is None:
-                text = self._written(line, min(arguments[0], checkpoint.MAX_HEADER_BYTES + 1))
+                # cut off, a longer one is no JSON
+                text = self._written(line, min(arguments[0], checkpoint.MAX_HEADER_BYTES))
                 self._declared = checkpoint.declaration(text, self._rules.checkpoint_bytes)
                 line.send(host.DONE)
             elif command == host.SAVE:

@@ -208,7 +208,7 @@ def test_a_model_that_fails_ends_the_run(texts, weights, name):
 RULES = AuditRules(positions=12, tolerance=1e-3, mean_tolerance=1e-4, checkpoint_bytes=1 << 20, evaluation_s=60.0)
 
 
-def run(backend, tier, *changes, model=fm.MODEL, rules=RULES, shards=("val_public",)):
+def run(backend, tier, *changes, model=fm.MODEL, rules=RULES, shards=("val_public",), tokens=16384):
     source = fm.TRAIN
     for old, new in changes:
         assert source.count(old) == 1, old
@@ -223,7 +223,7 @@ def run(backend, tier, *changes, model=fm.MODEL, rules=RULES, shards=("val_publi
         train_shard=t.data.train,
         final_shards=shards,
         sources={"train.py": source, "model.py": model},
-        tokens=16384,
+        tokens=tokens,
         max_batch_tokens=4096,
         model_rule="free",
         audit=rules,
@@ -233,7 +233,7 @@ def run(backend, tier, *changes, model=fm.MODEL, rules=RULES, shards=("val_publi
 
 def test_a_free_model_is_trained_and_its_loss_is_the_audited_one(sealed, tier):
     chatty = fm.cheat("calls.append(1)\nprint('call', len(calls))\nreturn net(ids)", "calls = []")
-    result = run(sealed, tier, model=chatty, shards=("val_public", "val_hidden"))
+    result = run(sealed, tier, model=chatty, shards=("val_public", "val_hidden"), tokens=65536)
     assert result.exit_reason == "completed", (result.detail, result.log)
     assert set(result.audits) == set(result.val_losses) == {"val_public", "val_hidden"}
     for name, found in result.audits.items():
@@ -243,7 +243,7 @@ def test_a_free_model_is_trained_and_its_loss_is_the_audited_one(sealed, tier):
         assert 4 < found.audited_loss < math.log(1024)
     assert result.flops == 0 < result.train_seconds
     # the first call of an evaluation is on random tokens; what is printed later may be a shard's text
-    assert "16 steps" in result.log
+    assert "64 steps" in result.log
     assert "call 1" in result.log
     assert "call 2" not in result.log
 
@@ -283,8 +283,8 @@ REFUSALS = {
     ),
     "claims a huge declaration": (
         [(DECLARE, "import host; host.send(speedrun._control, host.DECLARE, 2**31); input()")],
-        "candidate_protocol",
-        "bytes in room",
+        "checkpoint_refused",
+        "(declaration)",
     ),
 }
 
