@@ -36,10 +36,10 @@ class TimedRule(IsolatedRule):
     """Says what each part of a hand-off takes."""
 
     def step(self, step: int, forward_backward_s: float) -> None:
-        waited, cpu, began = self.line.waited, self._cpu_seconds(), time.perf_counter()
+        waited, cpu, began = self.line.waited, self.line.cpu_seconds(), time.perf_counter()
         super().step(step, forward_backward_s)
         took, waited = time.perf_counter() - began, self.line.waited - waited
-        rule = self._cpu_seconds() - cpu
+        rule = self.line.cpu_seconds() - cpu
         self.parts = {"copies": took - waited, "wake_ups": waited - rule, "rule": rule}
 
 

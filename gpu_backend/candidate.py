@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import socket
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Limits:
     """longest wait for one answer"""
     memory_bytes: int
     """address space the candidate may add to that of a process with torch loaded"""
+    setup_cpu_s: float = 3600.0
+    """training code: CPU seconds from taking the job to the first real batch; where the system tells no CPU time, all"""
     rule_time: float = 1.0
     """cap on an update rule's CPU time as a multiple of forward + backward, over a window of steps"""
 
@@ -82,6 +85,15 @@ class Candidate:
             raise RunFailed("candidate_exited", f"the candidate's process took no job: {error}") from None
         finally:
             os.close(self._fd)
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all threads of the process, read from the kernel; elsewhere the time it was waited for."""
+        if not sys.platform.startswith("linux"):
+            return self.waited
+        try:
+            return time.clock_gettime(~self.process.pid << 3 | 2)  # CPUCLOCK_SCHED of that process
+        except OSError:
+            raise RunFailed("candidate_exited", "the candidate's process ended") from None
 
     def send(self, command: int, *arguments: int) -> None:
         try:

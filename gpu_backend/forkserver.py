@@ -55,8 +55,7 @@ def main() -> int:
         zygote.close()
         return 0
 
-    def launch(log_fd: int) -> sandbox.Process:
-        script = trainer.TRACKS[track].host
+    def launch(log_fd: int, script: str) -> sandbox.Process:
         try:
             return zygote.fork(Path(script).stem, log_fd)
         except sandbox.SandboxError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import linecache
 import mmap
 import resource
 import signal
@@ -14,6 +15,7 @@ import socket
 import struct
 import sys
 import traceback
+import types
 from typing import Any
 
 FRAME = struct.Struct("<4I")  # (command or status, three arguments)
@@ -24,7 +26,9 @@ DONE, ERROR, OUT_OF_MEMORY, END = 1, 2, 3, 4
 # the trainer asks an update rule
 STEP, READOUT, READY_WITH_READOUT = 10, 11, 12
 # training code asks the trainer
-BATCH, START, SAVE = 20, 21, 22
+BATCH, START, SAVE, DECLARE = 20, 21, 22, 23
+# the trainer asks a free model: log-probabilities of the next tokens, or logits over the vocabulary at one position
+SCORES, FULL_ROWS = 30, 31
 ORDERS = ("stream", "documents")
 
 
@@ -74,6 +78,17 @@ def fail(control: socket.socket, error: BaseException) -> None:
     sys.stderr.flush()
     memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
     send(control, OUT_OF_MEMORY if memory else ERROR)
+
+
+def import_source(name: str, source: str) -> types.ModuleType:
+    """Run a candidate's file as module `name`; `import` finds it from then on."""
+    file = f"{name}.py"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    module = types.ModuleType(name)
+    module.__file__ = file
+    sys.modules[name] = module
+    exec(compile(source, file, "exec"), module.__dict__)
+    return module
 
 
 def die_with_parent() -> None:

@@ -8,7 +8,6 @@ read each status frame once, and measure its time by our own clocks.
 from __future__ import annotations
 
 import mmap
-import sys
 import time
 from collections import deque
 from typing import Protocol
@@ -76,7 +75,7 @@ class IsolatedRule:
             raise RunFailed("candidate_protocol", f"unexpected answer {status} to the set-up")
         self.has_readout = status == host.READY_WITH_READOUT
         flat.params.copy_(self._params)
-        self._cpu = self._cpu_seconds()
+        self._cpu = self.line.cpu_seconds()
 
     def step(self, step: int, forward_backward_s: float) -> None:
         """Hand over the gradients, wait for the update, copy the parameters out."""
@@ -86,7 +85,7 @@ class IsolatedRule:
         self._ask(host.STEP, step, max(set_up, 0.0) if step == 0 else self.limits.stall_s)
         self.flat.params.copy_(self._params)
         if step == 0:
-            self._cpu = self._cpu_seconds()
+            self._cpu = self.line.cpu_seconds()
             return
         self._window.append([0.0, 0.0])
         self._charge(step, forward_backward_s)
@@ -103,7 +102,7 @@ class IsolatedRule:
 
     def _charge(self, step: int, forward_backward_s: float) -> None:
         """Add the rule's CPU time since the last charge to the last step; refuse a window that is over the cap."""
-        before, self._cpu, self._charged_step = self._cpu, self._cpu_seconds(), step
+        before, self._cpu, self._charged_step = self._cpu, self.line.cpu_seconds(), step
         self.total_rule_s += self._cpu - before
         self.total_forward_backward_s += forward_backward_s
         self._window[-1][0] += self._cpu - before
@@ -119,15 +118,6 @@ class IsolatedRule:
                 f"times that of forward + backward ({1e3 * rule / n:.1f} ms against "
                 f"{1e3 * ours / n:.1f} ms a step); the tier allows {self.limits.rule_time:g} times",
             )
-
-    def _cpu_seconds(self) -> float:
-        """CPU time of all threads of the rule's process, read from the kernel; elsewhere the time it was waited for."""
-        if not sys.platform.startswith("linux"):
-            return self.line.waited
-        try:
-            return time.clock_gettime(~self.line.process.pid << 3 | 2)  # CPUCLOCK_SCHED of that process
-        except OSError:
-            raise RunFailed("candidate_exited", "the candidate's process ended") from None
 
     def _ask(self, command: int, step: int, timeout: float) -> None:
         self.line.send(command, step)

@@ -22,7 +22,7 @@ import seccomp
 HERE = Path(__file__).resolve().parent
 INSIDE = "/trainer"
 # What a candidate's process consists of; nothing else of the trainer is in a sandbox.
-HOST_FILES = ("host.py", "rule_host.py", "train_host.py", "speedrun.py", "model.py")
+HOST_FILES = ("host.py", "rule_host.py", "train_host.py", "eval_host.py", "speedrun.py", "model.py")
 ZYGOTE_FILES = ("zygote.py", "confine.py", "seccomp.py")
 SCRATCH_BYTES = 16 << 20
 KILL_TIMEOUT_S = 5.0

@@ -3,6 +3,7 @@
     config              model (a ModelConfig: the tier's sizes), tokens (how many a run may use), max_batch_tokens
     GPT, ModelConfig    the tier's own model class
     batches(...)        random tokens before `start()`, training tokens after it, until they are spent
+    declare(state)      free models only, before start(): names, shapes and dtypes of the later checkpoint
     start()             ends the set-up: the clock starts with the next batch
     save(state)         hands over the checkpoint; the clock stops, and the process with it
 
@@ -12,6 +13,7 @@ docs/candidate.md has the whole of it. Runs inside the sandbox; nothing here mea
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +32,7 @@ _outstanding: deque[tuple[int, int]] = deque()
 _control: socket.socket
 _memory: memoryview
 _slot_bytes = _slots = _checkpoint = 0
+_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 
 def _connect(control: socket.socket, shared: Any, message: Mapping[str, Any]) -> None:
@@ -37,6 +40,10 @@ def _connect(control: socket.socket, shared: Any, message: Mapping[str, Any]) ->
     global _control, _memory, _slot_bytes, _slots, _checkpoint
     _control, _memory = control, memoryview(shared)
     _slot_bytes, _slots, _checkpoint = message["slot_bytes"], message["slots"], message["checkpoint"]
+    _configure(message)
+
+
+def _configure(message: Mapping[str, Any]) -> None:
     vars(config).update({**message["config"], "model": ModelConfig(**message["model"])})
 
 
@@ -70,6 +77,13 @@ def batches(
             _drain()
             return
         yield batch
+
+
+def declare(state: Mapping[str, Tensor]) -> None:
+    """Say what the checkpoint of a free model will hold. Once, before `start()`; `save` is held to it."""
+    entries = {name: [_DTYPES.get(str(t.dtype), str(t.dtype)), list(t.shape)] for name, t in state.items()}
+    _drain()
+    _call(host.DECLARE, _write(json.dumps(entries).encode()))
 
 
 def start() -> None:

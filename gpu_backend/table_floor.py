@@ -27,7 +27,7 @@ FINISH_SHARE, FINISH_LRS = 0.1, (0.008, 0.002, 0.0005)  # of the tokens; Adam's,
 
 def table_floor(job: WallclockJob) -> dict[str, float]:
     """Validation loss in nats per token on the first final shard: of the table alone, and after the finish."""
-    setting = Timed(job, Result(), lambda: False)
+    setting = Timed(job, Result(), lambda: False, None)
     torch.manual_seed(job.stream_seed("candidate"))
     val = setting.val[job.final_shards[0]]
     length = setting.config.seq_len

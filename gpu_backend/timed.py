@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 import checkpoint
 import data
+import free
 import host
+from audit import AuditRules
 from candidate import Candidate, RunFailed
 from model import flops_per_token
 from sandbox import Process
-from training import Setting
+from training import EVAL_SEQUENCES, Setting
 
 if TYPE_CHECKING:
     from trainer import Result, WallclockJob
@@ -28,9 +30,14 @@ STREAMS = 64  # cursors over the training text, from which rows are taken in tur
 class Timed(Setting):
     """One run of a `train.py`. Its tokens are counted and its seconds taken here."""
 
-    def __init__(self, job: WallclockJob, result: Result, cancelled: Callable[[], bool]) -> None:
+    def __init__(
+        self, job: WallclockJob, result: Result, cancelled: Callable[[], bool], launch: Callable[[int], Process] | None
+    ) -> None:
+        """`launch` starts a fresh sandbox for a free model, with its output to a file descriptor."""
         super().__init__(job, result, cancelled)
-        self.job = job
+        self.job, self._launch = job, launch
+        self._rules = AuditRules(**job.audit) if job.audit else None
+        self._declared: checkpoint.Declaration | None = None
         self._rng = np.random.default_rng(job.stream_seed("batches"))
         first_token = self.special_ids[0] if self.special_ids else None
         self.batches = data.Batches(self.tokens, STREAMS, self._rng, first_token)
@@ -39,35 +46,48 @@ class Timed(Setting):
         self._checkpoint = SLOTS * self._slot_bytes
         self._started_at: float | None = None  # set with the first real batch
         self._ready = False
+        self._cpu_before = 0.0
         self._rng_setup = np.random.default_rng(job.stream_seed("setup"))
 
-    def train(self, process: Process, progress: Callable[[], None]) -> dict[str, Tensor]:
+    def train(self, process: Process, progress: Callable[[], None]) -> bytes:
         """Run the candidate to its checkpoint, and end it. Raises `RunFailed` or `CheckpointError`."""
         process.pin(self.job.cores)
-        line = Candidate(process, self.limits, self._checkpoint + checkpoint.max_bytes(self._layout))
+        if self._rules:
+            room = self._rules.checkpoint_bytes + checkpoint.MAX_HEADER_BYTES + 8
+        else:
+            room = checkpoint.max_bytes(self._layout)
+        line = Candidate(process, self.limits, self._checkpoint + room)
         line.set_up(
             {
-                "sources": self.job.sources,
+                **self._message(),
+                "model_rule": self.job.model_rule,
                 "seed": self.job.stream_seed("candidate"),
-                "model": asdict(self.config),
-                "config": {"tokens": self.job.tokens, "max_batch_tokens": self.job.max_batch_tokens},
                 "slots": SLOTS,
                 "slot_bytes": self._slot_bytes,
                 "checkpoint": self._checkpoint,
             }
         )
+        self._cpu_before = line.cpu_seconds()
         saved = self._serve(line, progress)
         self.result.candidate_peak_bytes = process.peak_bytes()
         if self._started_at is None:
             raise RunFailed("candidate_protocol", "a checkpoint before the first training batch")
-        room = len(line.memory) - self._checkpoint
-        if saved > room:
-            raise RunFailed("candidate_protocol", f"a checkpoint of {saved} bytes in room for {room}")
-        content = bytes(line.memory[self._checkpoint : self._checkpoint + saved])
+        content = self._written(line, saved)
         process.kill()
         # The clock: from the first real batch until the bytes are here and nothing of the candidate is alive.
         self.result.train_seconds = time.monotonic() - self._started_at
-        return checkpoint.load(content, self._layout)
+        return content
+
+    def _message(self) -> dict[str, Any]:
+        """What training code and a model in evaluation are told alike."""
+        config = {"tokens": self.job.tokens, "max_batch_tokens": self.job.max_batch_tokens}
+        return {"sources": self.job.sources, "model": asdict(self.config), "config": config}
+
+    def _written(self, line: Candidate, size: int) -> bytes:
+        room = len(line.memory) - self._checkpoint
+        if size > room:
+            raise RunFailed("candidate_protocol", f"a checkpoint of {size} bytes in room for {room}")
+        return bytes(line.memory[self._checkpoint : self._checkpoint + size])
 
     def _serve(self, line: Candidate, progress: Callable[[], None]) -> int:
         """Answer requests until the checkpoint is there: its size in bytes."""
@@ -77,6 +97,8 @@ class Timed(Setting):
                 raise RunFailed("cancelled", f"the run was cancelled after {self.result.tokens} tokens")
             command, *arguments = line.receive(self._patience(line))
             if command == host.BATCH:
+                if self._ready and self._started_at is None:
+                    self._check_setup(line)
                 windows = self._batch(*arguments)
                 if windows is None:
                     line.send(host.END)
@@ -90,6 +112,11 @@ class Timed(Setting):
             elif command == host.START and not self._ready:
                 self._ready = True
                 line.send(host.DONE)
+            elif command == host.DECLARE and self._rules and not self._ready and self._declared is None:
+                # cut off, a longer one is no JSON
+                text = self._written(line, min(arguments[0], checkpoint.MAX_HEADER_BYTES))
+                self._declared = checkpoint.declaration(text, self._rules.checkpoint_bytes)
+                line.send(host.DONE)
             elif command == host.SAVE:
                 return arguments[0]
             else:
@@ -102,6 +129,13 @@ class Timed(Setting):
         if left <= 0:
             raise RunFailed("candidate_stalled", f"no training batch was asked for within {self.limits.setup_s:g} s")
         return left
+
+    def _check_setup(self, line: Candidate) -> None:
+        """What is learnt before the clock starts, from text of the candidate's own making, is bounded by CPU time: that
+        does not depend on what else runs here."""
+        used, most = line.cpu_seconds() - self._cpu_before, self.limits.setup_cpu_s
+        if used > most:
+            raise RunFailed("setup_too_long", f"the set-up took {used:.2f} CPU seconds; the tier allows {most:g}")
 
     def _batch(self, rows: int, length: int, order: int) -> data.Tokens | None:
         """The next windows, random before the start; None when the tokens are spent."""
@@ -122,11 +156,43 @@ class Timed(Setting):
             self._started_at = time.monotonic()
         self.result.tokens += tokens
         self.result.steps += 1
-        self.result.flops += tokens * flops_per_token(replace(self.config, seq_len=length))
+        if not self._rules:  # what a free model computes is not known
+            self.result.flops += tokens * flops_per_token(replace(self.config, seq_len=length))
         return self.batches.take(rows, length, host.ORDERS[order])
 
-    def evaluate_all(self, state: dict[str, Tensor]) -> None:
-        """The whole of every final shard, on the tier's own model."""
-        self.model.load_state_dict(state)
+    def evaluate_all(self, content: bytes) -> None:
+        """The whole of every final shard: on the tier's own model, or on the candidate's. Raises `CheckpointError`."""
+        if self._rules:
+            self._evaluate_free(content, self._rules)
+            return
+        self.model.load_state_dict(checkpoint.load(content, self._layout))
         for name, shard in self.val.items():
             self.result.val_losses[name] = self.evaluate(shard)
+
+    def _evaluate_free(self, content: bytes, rules: AuditRules) -> None:
+        if self._declared is None:
+            raise checkpoint.CheckpointError("undeclared")
+        checkpoint.check(content, self._declared.layout, self._declared.dtypes)
+        assert self._launch
+        launch, shape = self._launch, free.Shape(EVAL_SEQUENCES, self.config.seq_len, self.config.vocab_size)
+        limits = replace(self.limits, deadline_s=rules.evaluation_s)
+        message = {**self._message(), "seed": self.job.stream_seed("evaluation")}
+        size = (shape.rows, shape.length + 1)
+        trial = self._rng_setup.integers(shape.vocab, size=size, dtype=np.uint16)
+        logs: list[str] = []
+
+        def open_model() -> AbstractContextManager[free.Model]:
+            return free.in_sandbox(launch, logs.append, limits, shape, message, content, trial)
+
+        # Decoys from the training text: no part of a shard is in them, so they cannot tell what follows a prefix.
+        first_token = self.special_ids[0] if self.special_ids else None
+        rng = np.random.default_rng(self.job.stream_seed("audit"))
+        evaluation = free.Evaluation(open_model, shape, rules, self.tokens, first_token, rng, self.cancelled)
+        try:
+            audits = evaluation.run(self.val)
+        finally:
+            self.result.log += "".join(logs[:1])  # of the pass; the audits' sandboxes print the same
+        self.result.audits = {name: asdict(found) for name, found in audits.items()}
+        if not all(found.passes(rules) for found in audits.values()):
+            raise RunFailed("audit_refused", free.REFUSAL)
+        self.result.val_losses = {name: found.audited_loss for name, found in audits.items()}

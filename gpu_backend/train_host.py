@@ -22,11 +22,14 @@ def serve(control: socket.socket) -> None:
     message, shared = begun
     try:
         speedrun._connect(control, shared, message)
-        for name, source in message["sources"].items():
-            linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        source = message["sources"]["train.py"]
+        linecache.cache["train.py"] = (len(source), None, source.splitlines(True), "train.py")
+        if message["model_rule"] == "free":
+            # from here on `import model` is the candidate's; speedrun has taken the tier's classes out of ours
+            host.import_source("model", message["sources"]["model.py"])
         module = types.ModuleType("__main__")
         sys.modules["__main__"] = module
-        exec(compile(message["sources"]["train.py"], "train.py", "exec"), module.__dict__)
+        exec(compile(source, "train.py", "exec"), module.__dict__)
         raise RuntimeError("train.py ended without speedrun.save(state)")
     except BaseException as error:  # whatever the candidate raises ends its run, SystemExit too
         host.fail(control, error)

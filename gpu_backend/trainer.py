@@ -75,18 +75,26 @@ class StepsJob(Job):
 
 @dataclass(frozen=True)
 class WallclockJob(Job):
-    """Training code to run, on at most `tokens` training tokens, `max_batch_tokens` at a time."""
+    """Training code to run, on at most `tokens` training tokens, `max_batch_tokens` at a time. `model_rule` 'free':
+    sources have a `model.py` as well, whose answers are audited (`audit`: an `AuditRules`)."""
 
     sources: dict[str, str]
     tokens: int
     max_batch_tokens: int
+    model_rule: str = "fixed"
+    audit: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.max_batch_tokens <= self.tokens:
             raise ValueError("need 1 <= max_batch_tokens <= tokens")
-        if "train.py" not in self.sources:
-            raise ValueError("sources must have a train.py")
+        if self.model_rule not in ("fixed", "free"):
+            raise ValueError(f"model_rule must be 'fixed' or 'free', not {self.model_rule!r}")
+        if (self.model_rule == "free") != (self.audit is not None):
+            raise ValueError("an audit belongs to model_rule 'free', and only to it")
+        for name in ("train.py", "model.py") if self.audit else ("train.py",):
+            if name not in self.sources:
+                raise ValueError(f"sources must have a {name}")
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,7 @@ class Result:
     train_losses: list[float] = field(default_factory=list)
     val_points: list[tuple[int, float]] = field(default_factory=list)
     val_losses: dict[str, float] = field(default_factory=dict)
+    audits: dict[str, dict[str, float]] = field(default_factory=dict)
     steps: int = 0
     tokens: int = 0
     flops: int = 0
@@ -133,6 +142,13 @@ class Cancel:
         self.called = True
         self.process.stop()
 
+    def now(self, process: sandbox.Process) -> sandbox.Process:
+        """From here on this is the candidate's process."""
+        self.process = process
+        if self.called:
+            process.stop()
+        return process
+
 
 def emit(event: str, **fields: Any) -> None:
     try:
@@ -141,14 +157,26 @@ def emit(event: str, **fields: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel) -> Result:
-    """Train and evaluate. Candidate faults and cancellation end in a `Result`, never an exception."""
+Launch = Callable[[int, str], sandbox.Process]
+"""Starts a process for a candidate, whose output goes to the given descriptor, with the given host script. Raises
+`SandboxError`."""
+
+
+def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel, launch: Launch) -> Result:
+    """Train and evaluate. Candidate faults and cancellation end in a `Result`, never an exception. A free model is
+    evaluated in further processes that `launch` starts."""
     from candidate import RunFailed
     from checkpoint import CheckpointError
 
     started = time.monotonic()
     result = Result(sandbox=asdict(process.info), versions=_versions(), hardware=_hardware())
-    setting = _setting(job, result, cancel)  # what it raises is the job's fault, no candidate's
+
+    def evaluator(log_fd: int) -> sandbox.Process:
+        started = cancel.now(launch(log_fd, "eval_host.py"))
+        started.wait_loaded()
+        return started
+
+    setting = _setting(job, result, cancel, evaluator)  # what it raises is the job's fault, no candidate's
     try:
         trained = setting.train(process, lambda: emit("progress", **_progress(job, result)))
         process.kill()  # before the final evaluation: nothing of the candidate is alive in it
@@ -167,21 +195,21 @@ def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel) -> 
         process.kill()
     if cancel.called:
         result.exit_reason, result.detail = "cancelled", "the run was cancelled"
-    result.log = log.text()
+    result.log = log.text() + result.log
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     result.trainer_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     result.device_seconds = time.monotonic() - started
     return result
 
 
-def _setting(job: Job, result: Result, cancel: Cancel) -> Any:
+def _setting(job: Job, result: Result, cancel: Cancel, evaluator: Callable[[int], sandbox.Process]) -> Any:
     from timed import Timed
     from training import Training
 
     if isinstance(job, StepsJob):
         return Training(job, result, lambda: cancel.called)
     assert isinstance(job, WallclockJob)
-    return Timed(job, result, lambda: cancel.called)
+    return Timed(job, result, lambda: cancel.called, evaluator)
 
 
 def _progress(job: Job, result: Result) -> dict[str, Any]:
@@ -226,14 +254,13 @@ def preload() -> None:
     torch.set_num_threads(1)
 
 
-def serve(track: Track, launch: Callable[[int], sandbox.Process]) -> int:
-    """One run: the job from standard input, events to standard output. `launch` starts the candidate's process, which
-    prints to the given descriptor. The exit code."""
+def serve(track: Track, launch: Launch) -> int:
+    """One run: the job from standard input, events to standard output. The exit code."""
     # the job's, whatever the locale; typeshed does not know that it is a TextIOWrapper
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     log = BoundedLog()
     try:
-        process = launch(log.write_fd)
+        process = launch(log.write_fd, track.host)
     except sandbox.SandboxError as error:
         emit("error", message=str(error))
         return 3
@@ -256,7 +283,7 @@ def serve(track: Track, launch: Callable[[int], sandbox.Process]) -> int:
         cancel = Cancel(process)
         threading.Thread(target=cancel.watch, daemon=True).start()
         try:
-            result = run(job, process, log, cancel)
+            result = run(job, process, log, cancel, launch)
         except (ValueError, OSError) as error:  # our own configuration or data, not the candidate
             emit("error", message=str(error))
             return 2
@@ -275,8 +302,7 @@ def main() -> int:
     args = parser.parse_args()
     sandbox.adopt_orphans()
     hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
-    track = TRACKS[args.track]
-    return serve(track, lambda log_fd: sandbox.launch(args.sandbox, hidden, log_fd, track.host, args.note))
+    return serve(TRACKS[args.track], lambda log_fd, host: sandbox.launch(args.sandbox, hidden, log_fd, host, args.note))
 
 
 if __name__ == "__main__":

@@ -50,10 +50,11 @@ def main() -> None:
 
 
 def _hosts() -> dict[str, Callable[[socket.socket], object]]:
+    import eval_host
     import rule_host
     import train_host
 
-    return {"rule_host": rule_host.serve, "train_host": train_host.serve}
+    return {"rule_host": rule_host.serve, "train_host": train_host.serve, "eval_host": eval_host.serve}
 
 
 def _fork_on_request(line: socket.socket, scratch_bytes: int) -> str:

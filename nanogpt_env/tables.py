@@ -69,6 +69,11 @@ class StepsLimits(LimitsTable):
     rule_time: Positive
 
 
+class WallclockLimits(LimitsTable):
+    setup_cpu_s: Positive
+    """CPU seconds of the set-up, whatever else runs here"""
+
+
 class BudgetTable(Record):
     """Allowance of one episode. Research only, but for `submissions`: verification has its own meter."""
 
@@ -127,6 +132,7 @@ class StepsTable(TierTable):
 class WallclockTable(TierTable):
     track: Literal["wallclock"]
     training: WallclockTraining
+    limits: WallclockLimits
     verification: WallclockVerification
 
 

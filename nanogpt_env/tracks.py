@@ -303,6 +303,9 @@ class WallclockTier(Tier):
             max_batch_tokens=training.max_batch_tokens,
         )
 
+    def limits(self) -> Limits:
+        return super().limits().model_copy(update={"setup_cpu_s": self.table.limits.setup_cpu_s})
+
     def _trained(self) -> dict[str, Any]:
         training = self.table.training
         return {

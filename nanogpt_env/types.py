@@ -16,7 +16,9 @@ ExitReason = Literal[
     "candidate_protocol",
     "candidate_stalled",
     "rule_too_slow",
+    "setup_too_long",
     "checkpoint_refused",
+    "audit_refused",
     "nonfinite_loss",
     "trainer_error",
     "deadline",
@@ -48,6 +50,8 @@ class Limits(Record):
     """longest wait for one answer of the candidate"""
     memory_bytes: int = Field(gt=0)
     """memory the candidate may take beyond that of a process with torch loaded"""
+    setup_cpu_s: float = Field(gt=0, default=3600.0)
+    """wallclock track: CPU seconds for the set-up"""
     rule_time: float = Field(gt=0, default=1.0)
     """steps track: cap on the rule's CPU time as a multiple of forward + backward"""
 
@@ -89,6 +93,34 @@ class StepsJob(Job):
     point_tokens: int = 4096
 
 
+class AuditRules(Record):
+    """How a free model is audited; see `gpu_backend/audit.py`."""
+
+    positions: int = Field(ge=2)
+    """asked again in each final shard"""
+    tolerance: float = Field(gt=0)
+    """largest |D|, in nats"""
+    mean_tolerance: float = Field(gt=0)
+    """largest |mean D|"""
+    checkpoint_bytes: int = Field(gt=0)
+    """data that a declaration may ask for"""
+    evaluation_s: float = Field(gt=0)
+    """longest life of each sandbox that evaluates"""
+
+
+class Audit(Record):
+    """What the audit of a free model says of one shard, in nats. D = answered - audited log-probability."""
+
+    positions: int
+    claimed_loss: float
+    audited_loss: float
+    """claimed_loss + mean_d; this is the loss that counts"""
+    uncertainty: float
+    """standard error of audited_loss"""
+    mean_d: float
+    max_abs_d: float
+
+
 class WallclockJob(Job):
     """Training code to run."""
 
@@ -97,6 +129,9 @@ class WallclockJob(Job):
     tokens: int
     """training tokens that it may use"""
     max_batch_tokens: int
+    model_rule: Literal["fixed", "free"] = "fixed"
+    audit: AuditRules | None = None
+    """for free models"""
 
 
 class RunResult(Record):
@@ -111,11 +146,13 @@ class RunResult(Record):
     val_points: tuple[tuple[int, float], ...] = ()
     """(step, loss) on a small part of the first final shard"""
     val_losses: dict[str, float] = {}
-    """whole final shards, by name"""
+    """whole final shards, by name; of free models the audited losses"""
+    audits: dict[str, Audit] = {}
+    """of free models, by shard; also when the audit refused. No more to the agent than the losses"""
     steps: int = 0
     tokens: int = 0
     flops: int = 0
-    """computed from the model and the steps, forward and backward"""
+    """computed from the model and the steps, forward and backward; 0 for free models"""
     device_seconds: float = 0.0
     train_seconds: float = 0.0
     rule_time_ratio: float = 0.0

@@ -89,3 +89,48 @@ def test_the_hand_made_one_is_good():
 )  # fmt: skip
 def test_malicious_bytes_are_refused(data, expected):
     assert code(data) == expected
+
+
+# --- declarations of free models ---
+
+DECLARED = {"a": ["F32", [2, 3]], "b": ["BF16", [4]]}
+
+
+def test_a_checkpoint_is_held_to_its_declaration():
+    declared = checkpoint.declaration(json.dumps(DECLARED).encode(), 32)
+    state = {"a": STATE["a"], "b": STATE["b"].bfloat16()}
+    checkpoint.check(save(state), declared.layout, declared.dtypes)
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.check(save(STATE), declared.layout, declared.dtypes)
+    assert caught.value.code == "dtype"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"", "declaration"),
+        (b"[]", "declaration"),
+        (b"{}", "declaration"),
+        (b"\xff{}", "declaration"),
+        (b"[" * 100_000, "declaration"),
+        (b'{"a": ["F32", [1]], "a": ["F32", [1]]}', "declaration"),
+        ({"a": 1}, "declaration"),
+        ({"a": [["F32"], [1]]}, "declaration"),
+        ({"a": ["F32", [1], 1]}, "declaration"),
+        ({"a": ["F32", [-1]]}, "declaration"),
+        ({"a": ["F32", [True]]}, "declaration"),
+        ({"a": ["F32", [1] * 9]}, "declaration"),
+        ({"a" * 201: ["F32", [1]]}, "declaration"),
+        ({"__metadata__": ["F32", [1]]}, "declaration"),
+        ({str(i): ["F32", []] for i in range(4097)}, "declaration"),
+        ({"a": ["I64", [1]]}, "dtype"),
+        ({"a": ["F32", [9]]}, "size"),
+        ({"a": ["F32", [4]], "b": ["F32", [5]]}, "size"),
+        ({"a": ["F32", [1 << 39] * 8]}, "size"),
+    ],
+)
+def test_malicious_declarations_are_refused(text, expected):
+    data = text if isinstance(text, bytes) else json.dumps(text).encode()
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.declaration(data, 32)
+    assert caught.value.code == expected
