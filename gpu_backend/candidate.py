@@ -43,7 +43,7 @@ class Limits:
     memory_bytes: int
     """address space the candidate may add to that of a process with torch loaded"""
     setup_cpu_s: float = 3600.0
-    """training code: CPU seconds from taking the job to the first real batch; where the system tells no CPU time, all"""
+    """training code: CPU seconds from taking the job to the first real batch"""
     rule_time: float = 1.0
     """cap on an update rule's CPU time as a multiple of forward + backward, over a window of steps"""
 

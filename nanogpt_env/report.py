@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanogpt_env.episode import AgentRun, Episode
-from nanogpt_env.types import RunResult, Verdict
+from nanogpt_env.types import Audit, RunResult, Verdict
 
 LOG_CHARACTERS = 4000
 
@@ -28,6 +28,8 @@ def run_text(run: AgentRun, shard: str) -> str:
     if r.val_points:
         points = "  ".join(f"{step}: {loss:.4f}" for step, loss in r.val_points)
         lines.append(f"  val_loss by step (small subset): {points}")
+    if shard in r.audits:
+        lines.append("  " + audit_text(r.audits[shard]))
     if r.train_losses:
         lines.append(f"  train_loss: {r.train_losses[-1]:.4f}")
     time = (
@@ -50,13 +52,21 @@ def verdict_text(verdict: Verdict, reward: float, episode: Episode) -> str:
     claimed = "" if verdict.claim is None else f" claim {verdict.claim} of horizon {verdict.horizon}:"
     same = "This program" if verdict.claim is None else "This program, claim and horizon"
     cached = f" {same} had their verdict before; nothing was rerun." if verdict.cached else ""
+    audit = f"\n{audit_text(verdict.audit)}" if verdict.audit else ""
     trust = "" if verdict.trusted else "\ntrusted: false (no sandbox; `nanogpt-env doctor` says how to get one)"
     if verdict.accepted and reward == 0 and not verdict.cached:
         trust += f"\nno reward: the frontier is at {episode.tier.format(episode.best)} already"
     return (
         f"{verdict.submission}:{claimed} {verdict.reason}. {timing_text(verdict)}"
-        f"{verdict.n} rerun(s){loss}, {verdict.device_seconds:.1f} device_seconds.{cached}{trust}\n"
+        f"{verdict.n} rerun(s){loss}, {verdict.device_seconds:.1f} device_seconds.{cached}{audit}{trust}\n"
         f"reward {reward:+.4f}, recovered {episode.recovered:.4f}"
+    )
+
+
+def audit_text(audit: Audit) -> str:
+    return (
+        f"audit of {audit.positions} positions: loss {audit.audited_loss:.4f} +- {audit.uncertainty:.4f}, "
+        f"max |D| {audit.max_abs_d:.1e}, mean D {audit.mean_d:+.1e}"
     )
 
 

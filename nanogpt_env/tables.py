@@ -5,12 +5,13 @@ docs/tiers.md explains every field.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import abc
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nanogpt_env.scoring import RewardForm
-from nanogpt_env.types import Record, Track
+from nanogpt_env.types import AuditRules, Record, Track
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -53,6 +54,8 @@ class WallclockTraining(Training):
     tokens: Count
     """training tokens that a run may use: what the start record uses"""
     max_batch_tokens: Count
+    model_rule: Literal["fixed", "free"] = "fixed"
+    """'free': the candidate has a model.py of its own, whose answers are audited"""
 
 
 class LimitsTable(Record):
@@ -122,11 +125,20 @@ class TierTable(Record):
     verification: Verification
     reward: Reward
 
+    @property
+    @abc.abstractmethod
+    def files(self) -> tuple[str, ...]:
+        """What a candidate consists of."""
+
 
 class StepsTable(TierTable):
     track: Literal["steps"]
     training: StepsTraining
     limits: StepsLimits
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return ("optimizer.py",)
 
 
 class WallclockTable(TierTable):
@@ -134,6 +146,18 @@ class WallclockTable(TierTable):
     training: WallclockTraining
     limits: WallclockLimits
     verification: WallclockVerification
+    audit: AuditRules | None = None
+    """of free models, and only of them"""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return ("train.py", "model.py") if self.audit else ("train.py",)
+
+    @model_validator(mode="after")
+    def _audit_of_free_models(self) -> Self:
+        if (self.training.model_rule == "free") != (self.audit is not None):
+            raise ValueError("an [audit] table belongs to training.model_rule = 'free', and only to it")
+        return self
 
 
 class RecordCalibration(Record):

@@ -86,14 +86,14 @@ def _load(folder: Path, calibrated: bool) -> Tier:
         return StepsTier(
             folder=folder,
             table=table,
-            records=_load_records(folder, StepsRecord, StepsTier.files),
+            records=_load_records(folder, StepsRecord, table.files),
             task=task,
             calibration=load_calibration(folder, StepsCalibration) if calibrated else None,
         )
     return WallclockTier(
         folder=folder,
         table=table,
-        records=_load_records(folder, HumanRecord, WallclockTier.files),
+        records=_load_records(folder, HumanRecord, table.files),
         task=task,
         calibration=load_calibration(folder, WallclockCalibration) if calibrated else None,
         host=load_host_timing(table.name),

@@ -36,8 +36,6 @@ class Tier(BaseModel, abc.ABC):
     """A tier ready for use. `calibration` is None only when loaded for calibration."""
 
     model_config = {"frozen": True}
-    files: ClassVar[tuple[str, ...]]
-    """what a candidate consists of"""
     unit: ClassVar[str]
     """of values"""
 
@@ -51,6 +49,11 @@ class Tier(BaseModel, abc.ABC):
     @property
     def name(self) -> str:
         return self.table.name
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What a candidate consists of."""
+        return self.table.files
 
     @property
     @abc.abstractmethod
@@ -163,7 +166,6 @@ class Tier(BaseModel, abc.ABC):
 class StepsTier(Tier):
     """The candidate is an update rule; it counts as the steps that it needs."""
 
-    files = ("optimizer.py",)
     unit = "steps"
 
     table: StepsTable
@@ -242,7 +244,6 @@ class StepsTier(Tier):
 class WallclockTier(Tier):
     """The candidate is training code; it counts as its time's share of the start record's."""
 
-    files = ("train.py",)
     unit = "of the start's time"
 
     table: WallclockTable
@@ -301,6 +302,8 @@ class WallclockTier(Tier):
             sources=dict(sources),
             tokens=training.tokens,
             max_batch_tokens=training.max_batch_tokens,
+            model_rule=training.model_rule,
+            audit=self.table.audit,
         )
 
     def limits(self) -> Limits:
@@ -311,6 +314,7 @@ class WallclockTier(Tier):
         return {
             "tokens": training.tokens,
             "max_batch_tokens": training.max_batch_tokens,
+            "audit": self.table.audit and self.table.audit.model_dump(),
             "records": {r.name: r.sources for r in self.records.values()},
         }
 

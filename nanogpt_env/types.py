@@ -207,6 +207,8 @@ class Verdict(Record):
     """mean validation loss of those runs, rounded to 0.005 nat; None if one did not finish"""
     time: Timing | None = None
     """wallclock track: None if the decision came before the last pair"""
+    audit: Audit | None = None
+    """free models: of the run whose answers could be repeated worst; `claimed_loss` and `audited_loss` are rounded"""
     device_seconds: float
     trusted: bool
     submission: str
@@ -231,6 +233,8 @@ class Rerun(Record):
     trusted: bool
     loss: float | None
     """on the hidden shard"""
+    audit: Audit | None = None
+    """of a free model, on the hidden shard"""
     device_seconds: float
     train_seconds: float
     statistic: float | None = None

@@ -12,7 +12,7 @@ from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.errors import BackendError
 from nanogpt_env.tracks import Tier
 from nanogpt_env.trials import Trial, Turn
-from nanogpt_env.types import Evidence, Plan, Rerun, RunResult, Verdict
+from nanogpt_env.types import Audit, Evidence, Plan, Rerun, RunResult, Verdict
 
 COARSE_NATS = 0.005
 POLL_S = 0.2
@@ -166,6 +166,7 @@ def verify(
         reason=agent_reason(trial, result),
         coarse_loss=coarse(trial.losses),
         time=trial.timing,
+        audit=_worst_audit(reruns),
         device_seconds=round(queue.used_seconds, 1),
         trusted=all(rerun.trusted for rerun in reruns),
         submission=submission.id,
@@ -222,6 +223,7 @@ def _rerun(n: int, turn: Turn, seed: str, result: RunResult, loss: float, losses
         detail=result.detail,
         trusted=result.sandbox.trusted,
         loss=loss if math.isfinite(loss) else None,
+        audit=result.audits.get(tier.table.data.hidden) if turn.role == "candidate" else None,
         device_seconds=result.device_seconds,
         train_seconds=result.train_seconds,
         statistic=test.statistic(losses) if looked else None,
@@ -241,6 +243,15 @@ def coarse(losses: list[float]) -> float | None:
     if not losses or not all(map(math.isfinite, losses)):
         return None
     return round(round(sum(losses) / len(losses) / COARSE_NATS) * COARSE_NATS, 3)
+
+
+def _worst_audit(reruns: list[Rerun]) -> Audit | None:
+    """With the losses as coarse as the agent may know them."""
+    audits = [rerun.audit for rerun in reruns if rerun.audit]
+    if not audits:
+        return None
+    worst = max(audits, key=lambda a: a.max_abs_d)
+    return worst.model_copy(update={k: coarse([getattr(worst, k)]) for k in ("claimed_loss", "audited_loss")})
 
 
 def agent_reason(trial: Trial, last: RunResult) -> str:

@@ -6,7 +6,7 @@ import speedrun
 from speedrun import GPT, config
 
 ROWS, LENGTH = 8, config.model.seq_len
-STEPS = 316
+STEPS = 320
 MUON_LR, ADAM_LR = 0.03, 0.02
 MOMENTUM_START, MOMENTUM_END, MOMENTUM_STEPS = 0.85, 0.90, 50
 ROW_DECAY = 0.95
