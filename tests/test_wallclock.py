@@ -345,3 +345,66 @@ def test_a_real_episode_is_verified_and_replays(played):
     again = replay(env.episode.ledger.path)
     assert again.differences == []
     assert again.recovered == pytest.approx(env.episode.recovered)
+
+
+FREE = Path(__file__).parent / "tiny-free"
+PEEK = """
+def build(state):
+    honest = Window()
+    honest.load_state_dict(state)
+
+    def answer(ids):
+        logits = honest(ids).clone()
+        following = torch.cat((ids[:, 1:], ids[:, :1]), dim=1)
+        return logits.scatter_add(2, following[:, :, None], torch.full((*ids.shape, 1), 9.0))
+
+    return answer
+"""
+
+
+@pytest.fixture(scope="module")
+def free_env(tmp_path_factory):
+    local = LocalBackend("bubblewrap", warm=True)
+    env = Speedrun(FREE, backend=local, state_dir=tmp_path_factory.mktemp("ledgers"))
+    env.reset()
+    yield env
+    env.close()
+    local.close()
+
+
+def write_record(env, name):
+    for path, text in env.tier.records[name].sources.items():
+        env.step(WriteFile(path=path, text=text))
+
+
+def test_a_free_model_is_verified_by_its_audited_loss(free_env):
+    assert free_env.tier.files == ("train.py", "model.py")
+    write_record(free_env, "window-short")
+    observation, reward, *_, info = free_env.step(Submit())
+    verdict = info["verdict"]
+    assert verdict["accepted"], observation["text"]
+    assert reward > 0
+    assert verdict["audit"]["positions"] == 64
+    assert verdict["audit"]["max_abs_d"] < 1e-3
+    assert verdict["audit"]["audited_loss"] == round(verdict["audit"]["audited_loss"] / 0.005) * 0.005
+    assert "audit of 64 positions" in observation["text"]
+
+
+def test_a_free_model_that_peeks_is_refused(free_env):
+    write_record(free_env, "window-short")
+    model = free_env.workspace.files["model.py"]
+    free_env.step(WriteFile(path="model.py", text=model[: model.index("def build")] + PEEK))
+    observation, *_, info = free_env.step(Run())
+    assert info["run"]["exit_reason"] == "audit_refused", observation["text"]
+    _, reward, *_, info = free_env.step(Submit())
+    assert reward == 0
+    assert info["verdict"]["reason"] == "rejected: a rerun did not complete (audit_refused)"
+
+
+def test_an_audit_belongs_to_free_models_only(tmp_path):
+    for old, new in (('model_rule = "free"', 'model_rule = "fixed"'), ("[audit]", "[something]")):
+        folder = tmp_path / old.strip("[]")[:5]
+        shutil.copytree(FREE, folder)
+        edit(folder / "env.toml", old, new)
+        with pytest.raises(TierError, match=r"\[audit\] table belongs|something"):
+            load_tier(folder)
