@@ -1,8 +1,8 @@
 """Forks a trainer per run from a process that has loaded torch, and keeps a zygote for its candidate (zygote.py).
 
-    python forkserver.py LINE_FD --sandbox auto|bubblewrap [--hide FOLDER]...
+    python forkserver.py LINE_FD [--hide FOLDER]...
 
-Says on the line, as JSON, which sandbox it is and why it cannot fork, if so. Then a request names a track and brings
+Says on the line "ready", or why it cannot fork. Then a request names a track and brings
 four descriptors: the trainer's standard streams and a socket for its state. On that we answer FORKED, and at the
 trainer's end its exit code; what comes in there, or its end, kills the trainer. When the line ends, all end.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import os
 import select
 import signal
@@ -27,29 +26,25 @@ import sandbox
 import trainer
 import warm
 
-FORKED = b"+"
+READY, FORKED = b"ready", b"+"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("line", type=int)
-    parser.add_argument("--sandbox", default="auto", choices=("auto", "bubblewrap"))
     parser.add_argument("--hide", action="append", default=[], help="folder no candidate may see")
     args = parser.parse_args()
     line = socket.socket(fileno=args.line)
     hidden = [trainer.CONTENT, *(Path(p).resolve() for p in args.hide)]
-    name = args.sandbox
     try:
-        if name == "auto":
-            name = "bubblewrap" if sandbox.find_bubblewrap()[0] else "plain"
         zygote = warm.Zygote.launch(hidden)
         trainer.preload()
         zygote.wait()
     except (sandbox.SandboxError, ImportError, OSError) as error:
-        line.send(json.dumps({"sandbox": name, "reason": str(error)}).encode())
+        line.send(str(error).encode())
         return 0
     gc.freeze()  # else each trainer's first collection copies what all of them share
-    line.send(json.dumps({"sandbox": name, "reason": ""}).encode())
+    line.send(READY)
     track = _fork_on_request(line, zygote)
     if not track:
         zygote.close()

@@ -53,6 +53,7 @@ def tier():
 def backend(request):
     """What trains for real, in every sandbox."""
     backend = LocalBackend(request.param, warm=True)
+    backend.prepare()
     if backend._server:
         backend._server.wait()  # what it starts once and keeps is there now
         assert backend._server.reason == ""

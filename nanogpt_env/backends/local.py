@@ -19,6 +19,7 @@ from nanogpt_env.types import Job, Progress, RunResult
 
 SANDBOXES = ("auto", "bubblewrap", "plain")
 STDERR_LINES = 30
+NEEDS = "warm starts need Linux and bubblewrap"
 
 
 class LocalRun:
@@ -109,8 +110,8 @@ class LocalRun:
 class LocalBackend:
     """`sandbox` is 'auto', 'bubblewrap' or 'plain'; 'auto' is decided once, so that no later trouble can move a
     candidate out of its sandbox. With `warm`, each run's processes are forked from ones that have loaded what they
-    need, which bubblewrap allows for (docs/design/warm-starts.md); `cold_because` says why not. No candidate sees the
-    `hidden` folders. Raises `ValueError` for an unknown sandbox."""
+    need, which bubblewrap allows for (docs/design/warm-starts.md); these start with the first run, or `prepare`.
+    `cold_because` says why not. No candidate sees the `hidden` folders. Raises `ValueError` for an unknown sandbox."""
 
     def __init__(self, sandbox: str = "auto", warm: bool = False, hidden: Iterable[Path] = ()) -> None:
         if sandbox not in SANDBOXES:
@@ -118,17 +119,26 @@ class LocalBackend:
         self.sandbox, self.hidden = sandbox, tuple(hidden)
         self.cold_because = "" if warm else "warm starts were not asked for"
         if warm and (sandbox == "plain" or not sys.platform.startswith("linux")):
-            self.cold_because = "warm starts need Linux and bubblewrap"
+            self.cold_because = NEEDS
         self._runs: list[LocalRun] = []
-        self._server = None if self.cold_because else ForkServer(sandbox, self.hidden)
+        self._server: ForkServer | None = None
         self._restarts = 1
         self._lock = threading.Lock()
 
     def start(self, job: Job, share: bool = False) -> LocalRun:
+        self.prepare()
         with self._lock:
             run = LocalRun(self._forked(job.track) or self._launched(job.track), job)
             self._runs = [*(r for r in self._runs if not r.done()), run]
             return run
+
+    def prepare(self) -> None:
+        """Start what warm starts need."""
+        with self._lock:
+            if not self.cold_because and self._settle() == "plain":
+                self.cold_because = NEEDS
+            if not (self._server or self.cold_because):
+                self._server = ForkServer(self.hidden)
 
     def kind(self) -> str:
         """The sandbox that runs get, 'auto' decided."""
@@ -136,9 +146,6 @@ class LocalBackend:
             return self._settle()
 
     def _settle(self) -> str:
-        if self.sandbox == "auto" and self._server:
-            self._server.wait()
-            self.sandbox = self._server.sandbox
         if self.sandbox == "auto":
             self.sandbox = sandbox_report()["auto"]
         return self.sandbox
@@ -150,7 +157,6 @@ class LocalBackend:
     def _forked(self, track: str) -> Trainer | None:
         while self._server:
             trainer = self._server.fork(track)
-            self.sandbox = self._server.sandbox
             if trainer:
                 return trainer
             reason = self._server.reason
@@ -160,7 +166,7 @@ class LocalBackend:
                 self.cold_because = reason or "the fork server died twice"
             else:  # it was killed, or its zygote
                 self._restarts -= 1
-                self._server = ForkServer(self.sandbox, self.hidden)
+                self._server = ForkServer(self.hidden)
         return None
 
     def _launched(self, track: str) -> Trainer:

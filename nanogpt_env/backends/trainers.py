@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from nanogpt_env.errors import BackendError
 READY_TIMEOUT_S = 120.0
 FORK_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 15.0
+READY = "ready"
 
 
 class Trainer(Protocol):
@@ -56,11 +56,11 @@ class ForkServer:
     """gpu_backend/forkserver.py: a process that forks trainers, and their candidates. It gets ready while we go on;
     it ends with us."""
 
-    def __init__(self, sandbox: str, hidden: Iterable[Path]) -> None:
-        self.sandbox, self.reason = sandbox, ""
+    def __init__(self, hidden: Iterable[Path]) -> None:
+        self.reason = ""
         self._ready = False
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [_script("forkserver.py"), str(theirs.fileno()), "--sandbox", sandbox, *_hide(hidden)]
+        command = [_script("forkserver.py"), str(theirs.fileno()), *_hide(hidden)]
         with theirs:
             try:
                 self._process = subprocess.Popen(
@@ -77,15 +77,15 @@ class ForkServer:
                 raise BackendError(f"cannot start the fork server: {error}") from None
 
     def wait(self) -> None:
-        """Until it is known whether it can fork: then `reason` says why not, and `sandbox` is no longer 'auto'."""
+        """Until it is known whether it can fork: then `reason` says why not."""
         if self._ready:
             return
         self._line.settimeout(READY_TIMEOUT_S)
         try:
-            told = json.loads(self._line.recv(65536) or b'{"reason": "the fork server ended before it was ready"}')
+            told = self._line.recv(65536).decode()
+            self.reason = "" if told == READY else told or "the fork server ended before it was ready"
         except OSError as error:
-            told = {"reason": f"the fork server is not ready: {error}"}
-        self.sandbox, self.reason = told.get("sandbox", self.sandbox), told["reason"]
+            self.reason = f"the fork server is not ready: {error}"
         self._ready = True
 
     def fork(self, track: str) -> ForkedTrainer | None:
