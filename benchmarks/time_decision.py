@@ -41,7 +41,7 @@ STEPS = re.compile(r"^STEPS = \d+", re.MULTILINE)
 Session = dict[str, list[float]]
 
 
-def session(tier: WallclockTier, backend: Queued, candidate: str, incumbent: str, pairs: int) -> Session:
+def session(tier: WallclockTier, backend: Queued, candidate: str, reference: str, pairs: int) -> Session:
     """Training seconds of both, in the order of verification."""
 
     def run(source: str) -> float:
@@ -51,11 +51,11 @@ def session(tier: WallclockTier, backend: Queued, candidate: str, incumbent: str
             raise SystemExit(f"{result.exit_reason}: {result.detail}\n{result.log}")
         return result.train_seconds
 
-    found: Session = {"candidate": [], "incumbent": []}
+    found: Session = {"candidate": [], "reference": []}
     with backend.exclusive():
-        run(incumbent)
+        run(reference)
         for turn in (turn for pair in order(pairs) for turn in pair):
-            found["candidate" if turn else "incumbent"].append(run(candidate if turn else incumbent))
+            found["candidate" if turn else "reference"].append(run(candidate if turn else reference))
     return found
 
 
@@ -79,14 +79,14 @@ def _burn() -> None:
 
 
 def log_ratios(sessions: list[Session]) -> Any:
-    return np.array([np.log(s["candidate"]) - np.log(s["incumbent"]) for s in sessions])
+    return np.array([np.log(s["candidate"]) - np.log(s["reference"]) for s in sessions])
 
 
 def summary(rows: dict[str, list[Session]], pairs: int, drift: float) -> dict[str, Any]:
     same = log_ratios(rows["same"])
     floor = upper_sd([(float(r.std(ddof=1)), len(r)) for r in same])[1]
     tests = {level: PairTest(pairs=pairs, level=level, floor=floor, drift=drift) for level in LEVELS}
-    void = [tests[LEVELS[0]].decide(s["candidate"], s["incumbent"]).void for s in rows["same"]]
+    void = [tests[LEVELS[0]].decide(s["candidate"], s["reference"]).void for s in rows["same"]]
     out: dict[str, Any] = {
         "pair_sd": float(np.sqrt((same.var(axis=1, ddof=1)).mean())),
         "pair_sd_upper": floor,

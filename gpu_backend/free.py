@@ -200,5 +200,6 @@ def in_sandbox(
         raise
     finally:
         process.kill()
+        process.close()
         if not told:
             keep(log.text())

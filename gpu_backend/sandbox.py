@@ -84,6 +84,9 @@ class Process:
         """Kill everything the candidate started and wait until it is gone."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Give back what its handle takes, once it is killed."""
+
 
 @dataclass
 class Launched(Process):

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import resource
+import subprocess
 import sys
 import threading
 import time
@@ -174,6 +175,7 @@ def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel, lau
     def evaluator(log_fd: int) -> sandbox.Process:
         started = cancel.now(launch(log_fd, "eval_host.py"))
         started.wait_loaded()
+        started.pin(job.cores)
         return started
 
     setting = _setting(job, result, cancel, evaluator)  # what it raises is the job's fault, no candidate's
@@ -191,8 +193,10 @@ def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel, lau
         # rerun that is void when it goes badly would be a free choice among seeds.
         traceback.print_exc()
         result.exit_reason, result.detail = "trainer_error", f"the trainer failed: {type(error).__name__}"
-    finally:
+    try:
         process.kill()
+    except (OSError, subprocess.TimeoutExpired) as error:  # its fault too: it may know how to outlive us
+        result.exit_reason, result.detail = "trainer_error", f"the candidate could not be ended: {type(error).__name__}"
     if cancel.called:
         result.exit_reason, result.detail = "cancelled", "the run was cancelled"
     result.log = log.text() + result.log

@@ -32,13 +32,19 @@ class Forked(sandbox.Process):
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            if self.pidfd >= 0:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def kill(self) -> None:
         self.stop()
         if not self._ended(sandbox.KILL_TIMEOUT_S):
             raise TimeoutError(f"the candidate's process did not end within {sandbox.KILL_TIMEOUT_S:g} s")
         self.control.close()
+
+    def close(self) -> None:
+        pidfd, self.pidfd = self.pidfd, -1  # first: another thread may be about to use it
+        os.close(pidfd)
+        os.close(self.alive)
 
     def _ended(self, timeout: float) -> bool:
         """And with it all in its pid namespace, whose init it is."""
@@ -76,8 +82,7 @@ class Zygote:
         try:
             tried = self.fork("rule_host", null)
             tried.kill()
-            os.close(tried.pidfd)
-            os.close(tried.alive)
+            tried.close()
         finally:
             os.close(null)
 

@@ -19,6 +19,7 @@ from nanogpt_env.errors import TierError
 from nanogpt_env.tables import Calibration, StepsCalibration
 from nanogpt_env.tiers import (
     CALIBRATION,
+    check_values,
     host_timing_path,
     load_calibration,
     load_tier,
@@ -180,11 +181,12 @@ def tiers_time(
     """Measure on this host how much times vary and how fast the anchor is; later episodes use it."""
     from nanogpt_env import calibrate_wallclock
 
-    loaded = load_tier(tier)
+    loaded = load_tier(tier, host=False)
     if not isinstance(loaded, WallclockTier):
         raise typer.BadParameter(f"{loaded.name} is a tier of the steps track: its scores do not depend on the host")
     with _calibration_backend(loaded, sandbox) as (backend, counts):
         timing = calibrate_wallclock.time_host(loaded, backend, sessions, counts)
+    check_values(loaded.model_copy(update={"host": timing}))  # else no episode could use it
     path = host_timing_path(loaded.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_calibration(path, timing)

@@ -102,7 +102,12 @@ class Runs:
         return [s for mine, s in timed if mine], [s for mine, s in timed if not mine]
 
     def _train(self, what: str, job: Job) -> RunResult:
-        result = self.backend.start(job.model_copy(update={"seed": secrets.token_hex(16)})).result()
+        run = self.backend.start(job.model_copy(update={"seed": secrets.token_hex(16)}))
+        try:
+            result = run.result()
+        except BaseException:
+            run.cancel()
+            raise
         if not result.completed:
             raise TierError(f"{what}: {result.exit_reason}: {result.detail}\n{result.log[-2000:]}")
         self.last = result

@@ -101,7 +101,10 @@ def _check_verdict(name: str, line: dict[str, Any], trial: Trial, offer: dict[st
         mine_is = "undecided" if trial.outcome == "continue" else f"{trial.outcome}ed"
         return [f"{name}: recorded {recorded}ed, recomputed {mine_is} after {n} rerun(s)"]
     value = trial.value() if line["accepted"] else None
-    return _differences(name, line, {"claim": offer["claim"], "horizon": offer["horizon"], "n": n, "value": value})
+    found = _differences(name, line, {"claim": offer["claim"], "horizon": offer["horizon"], "n": n, "value": value})
+    if trial.timing and line["time"]:
+        return found + _differences(name, line["time"], trial.timing.model_dump())
+    return found + ([f"{name}: recorded time {line['time']}"] if trial.timing or line["time"] else [])
 
 
 def _differences(name: str, line: dict[str, Any], mine: dict[str, float | None]) -> list[str]:

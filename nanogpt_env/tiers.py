@@ -62,14 +62,15 @@ def find_tier(name_or_path: str | Path) -> Path:
     )
 
 
-def load_tier(name_or_path: str | Path, *, calibrated: bool = True) -> Tier:
-    """Read and check a tier. With `calibrated`, its calibration must be there and fit its contents.
+def load_tier(name_or_path: str | Path, *, calibrated: bool = True, host: bool = True) -> Tier:
+    """Read and check a tier. With `calibrated`, its calibration must be there and fit its contents. With `host`, times
+    that were measured on this host replace the calibration's.
 
     Raises `TierError` with the file and field at fault.
     """
     folder = find_tier(name_or_path)
     try:
-        tier = _load(folder, calibrated)
+        tier = _load(folder, calibrated, host)
         tier.record(tier.table.reward.start)
         tier.record(tier.table.reward.anchor)
         if calibrated:
@@ -79,7 +80,7 @@ def load_tier(name_or_path: str | Path, *, calibrated: bool = True) -> Tier:
     return tier
 
 
-def _load(folder: Path, calibrated: bool) -> Tier:
+def _load(folder: Path, calibrated: bool, host: bool) -> Tier:
     path, task = folder / "env.toml", _read(folder / "task.md")
     table = _read_toml(path, _AnyTable).root
     if isinstance(table, StepsTable):
@@ -96,7 +97,7 @@ def _load(folder: Path, calibrated: bool) -> Tier:
         records=_load_records(folder, HumanRecord, table.files),
         task=task,
         calibration=load_calibration(folder, WallclockCalibration) if calibrated else None,
-        host=load_host_timing(table.name),
+        host=load_host_timing(table.name) if host else None,
     )
 
 
@@ -174,6 +175,11 @@ def _check_calibration(tier: Tier) -> None:
             f"is {tier.level():g}: {way_out} --recompute"
         )
     tier.trial_fields()
+    check_values(tier)
+
+
+def check_values(tier: Tier) -> None:
+    """Raises `TierError` unless the start record is slower than the anchor."""
     start, anchor = (tier.value_of(r) for r in (tier.table.reward.start, tier.table.reward.anchor))
     if not start > anchor:
         raise TierError(

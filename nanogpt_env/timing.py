@@ -1,6 +1,6 @@
-"""Is the candidate faster than the incumbent? A paired test on seconds, and a simulator of it.
+"""Is the candidate faster than the reference? A paired test on seconds, and a simulator of it.
 
-Both programs run `pairs` times in one session, in turn (`order`). With r = ln(t_candidate / t_incumbent)
+Both programs run `pairs` times in one session, in turn (`order`). With r = ln(t_candidate / t_reference)
 
     upper = mean(r) + t_{pairs-1}(1 - level) * max(sd(r), floor) / sqrt(pairs);   faster if upper < 0
 
@@ -9,7 +9,7 @@ What slows a whole session cancels in r. The level holds for independent Gaussia
 see that this host happens to favour the candidate today (interaction): that adds most.
 
 Who runs the programs decides about crashed runs, and starts with a run that does not count, as a cold first run would
-be the incumbent's. Everything here is a pure function of seconds; scipy is imported on first use.
+be the reference's. Everything here is a pure function of seconds; scipy is imported on first use.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _require(condition: bool, message: str) -> None:
 def order(pairs: int) -> list[tuple[bool, bool]]:
     """Whether it is the candidate's turn in the first and second run of each pair.
 
-    The incumbent begins. A linear drift cancels in every two pairs, and the candidate's own runs follow one of its
-    runs as often as the incumbent's do, so that heat it leaves behind gains it nothing.
+    The reference begins. A linear drift cancels in every two pairs, and the candidate's own runs follow one of its
+    runs as often as the reference's do, so that heat it leaves behind gains it nothing.
     """
     return [(bool(j % 2), not j % 2) for j in range(pairs)]
 
@@ -45,20 +45,20 @@ class PairDecision:
     """What a session says; a void one says neither yes nor no and is to be repeated."""
 
     log_ratio: float
-    """Mean of ln(t_candidate / t_incumbent); negative is faster."""
+    """Mean of ln(t_candidate / t_reference); negative is faster."""
     sd: float
     """Sample sd of the log ratios, not floored."""
     upper: float
     """Upper confidence bound of the log ratio at 1 - level."""
     drift: float
-    """Move of the incumbent's own times, in floors; see `incumbent_drift`."""
+    """Move of the reference's own times, in floors; see `reference_drift`."""
     faster: bool
     void: bool
     reason: str
 
     @property
     def ratio(self) -> float:
-        """What the incumbent's value is multiplied by: exp(upper) if faster, otherwise 1."""
+        """What the reference's value is multiplied by: exp(upper) if faster, otherwise 1."""
         return math.exp(self.upper) if self.faster else 1.0
 
 
@@ -74,7 +74,7 @@ class PairTest:
     """Smallest sd of a pair's log ratio that is used: the calibrated one of tier and host, .015 for 1.5 %. The sd of
     a single run is smaller by sqrt(2)."""
     drift: float = 3.0
-    """Largest move of the incumbent's own times, in floors; inf voids nothing. At 3, with 5 pairs, calibrated noise
+    """Largest move of the reference's own times, in floors; inf voids nothing. At 3, with 5 pairs, calibrated noise
     voids 1 session in 100,000 and twice that 1 in 60; a steady drift may be 6.75 floors from first to last run."""
 
     def __post_init__(self) -> None:
@@ -89,16 +89,16 @@ class PairTest:
         quantile = -float(importlib.import_module("scipy.special").stdtrit(self.pairs - 1, self.level))
         return quantile * self.floor / math.sqrt(self.pairs)
 
-    def decide(self, candidate_s: Sequence[float], incumbent_s: Sequence[float]) -> PairDecision:
+    def decide(self, candidate_s: Sequence[float], reference_s: Sequence[float]) -> PairDecision:
         """The decision on the seconds of all pairs; ValueError unless they are `pairs` finite positive times each."""
-        n = len(candidate_s), len(incumbent_s)
-        _require(n == (self.pairs, self.pairs), f"need {self.pairs} times each, got {n[0]} candidate, {n[1]} incumbent")
-        r, incumbent = _log_times(candidate_s, incumbent_s)
-        upper, drift = float(self.bounds(r)), float(incumbent_drift(incumbent)) / self.floor
+        n = len(candidate_s), len(reference_s)
+        _require(n == (self.pairs, self.pairs), f"need {self.pairs} times each, got {n[0]} candidate, {n[1]} reference")
+        r, reference = _log_times(candidate_s, reference_s)
+        upper, drift = float(self.bounds(r)), float(reference_drift(reference)) / self.floor
         mean, sd, void = float(r.mean()), float(r.std(ddof=1)), drift > self.drift
         reason = f"the log ratio is {mean:+.4f} (sd {sd:.4f}), at most {upper:+.4f} at level {self.level:g}"
         if void:
-            reason = f"the incumbent's own times moved by {drift:.1f} floors, {self.drift:g} are allowed: repeat"
+            reason = f"the reference's own times moved by {drift:.1f} floors, {self.drift:g} are allowed: repeat"
         return PairDecision(mean, sd, upper, drift, not void and upper < 0, void, reason)
 
     def bounds(self, r: FloatArray) -> FloatArray:
@@ -116,30 +116,30 @@ class PairTest:
         line = self.floor * math.sqrt((self.pairs - 1) * (1 / k - 1 / self.pairs)) - self.half_width
         return max(line, 4 * line)
 
-    def hopeless(self, candidate_s: Sequence[float], incumbent_s: Sequence[float]) -> bool:
+    def hopeless(self, candidate_s: Sequence[float], reference_s: Sequence[float]) -> bool:
         """Whether to stop after these first k < pairs pairs and say no. Not binding, as it never makes a yes."""
         k = len(candidate_s)
-        _require(k == len(incumbent_s), f"need whole pairs, got {k} candidate, {len(incumbent_s)} incumbent times")
-        return self.stop_line(k) < float(_log_times(candidate_s, incumbent_s)[0].mean())
+        _require(k == len(reference_s), f"need whole pairs, got {k} candidate, {len(reference_s)} reference times")
+        return self.stop_line(k) < float(_log_times(candidate_s, reference_s)[0].mean())
 
 
-def _log_times(candidate_s: Sequence[float], incumbent_s: Sequence[float]) -> tuple[FloatArray, FloatArray]:
-    """Log ratios, and log incumbent times."""
-    times = np.array([candidate_s, incumbent_s], dtype=np.float64)
+def _log_times(candidate_s: Sequence[float], reference_s: Sequence[float]) -> tuple[FloatArray, FloatArray]:
+    """Log ratios, and log reference times."""
+    times = np.array([candidate_s, reference_s], dtype=np.float64)
     fine = (times > 0) & (times < math.inf)
     _require(bool(fine.all()), f"times must be finite and positive seconds, got {times[~fine].tolist()}")
-    candidate, incumbent = np.log(times)
-    return candidate - incumbent, incumbent
+    candidate, reference = np.log(times)
+    return candidate - reference, reference
 
 
-def incumbent_drift(log_incumbent: FloatArray) -> FloatArray:
+def reference_drift(log_reference: FloatArray) -> FloatArray:
     """Distance of the medians of the first and second half of log times, along the last axis.
 
     An odd middle time counts in both, so that with 5 pairs one slow run in each half moves little. Nothing of the
     candidate is alive in these turns, and with 5 pairs heat it leaves behind moves both medians alike.
     """
-    half = (log_incumbent.shape[-1] + 1) // 2
-    first, last = np.median(log_incumbent[..., :half], axis=-1), np.median(log_incumbent[..., -half:], axis=-1)
+    half = (log_reference.shape[-1] + 1) // 2
+    first, last = np.median(log_reference[..., :half], axis=-1), np.median(log_reference[..., -half:], axis=-1)
     return np.abs(np.asarray(last - first))
 
 
@@ -187,13 +187,13 @@ def simulate(
     return rates(test, x[:, turns] + log_ratio + interaction_sd * interaction, x[:, ~turns], stop)
 
 
-def rates(test: PairTest, log_candidate: FloatArray, log_incumbent: FloatArray, stop: bool = True) -> SessionRates:
+def rates(test: PairTest, log_candidate: FloatArray, log_reference: FloatArray, stop: bool = True) -> SessionRates:
     """`test` on the log seconds (paths, pairs) of many sessions; with `stop`, hopeless ones end early, as a no."""
-    r, k = log_candidate - log_incumbent, np.arange(1, test.pairs)
+    r, k = log_candidate - log_reference, np.arange(1, test.pairs)
     above = np.cumsum(r[:, :-1], axis=1) / k > np.array([test.stop_line(int(n)) for n in k])
     running = ~np.logical_or.accumulate(above & stop, axis=1)
     upper = test.bounds(r)
-    void = running[:, -1] & (incumbent_drift(log_incumbent) > test.drift * test.floor)
+    void = running[:, -1] & (reference_drift(log_reference) > test.drift * test.floor)
     faster = running[:, -1] & ~void & (upper < 0)
     paid = float(np.exp(upper[faster]).mean()) if faster.any() else math.nan
     return SessionRates(float(faster.mean()), float(void.mean()), 2 + 2 * float(running.sum(axis=1).mean()), paid)

@@ -272,7 +272,11 @@ class WallclockTier(Tier):
 
     def start_value_of(self, record: str) -> float:
         """Its time as a share of the start record's, as measured."""
-        return math.exp(self.timing.log_ratios.get(self.record(record).name, 0.0))
+        if self.record(record).name == self.table.reward.start:
+            return 1.0
+        if record not in self.timing.log_ratios:
+            raise TierError(f"record {record!r} of tier {self.name} was not timed: calibrate the tier")
+        return math.exp(self.timing.log_ratios[record])
 
     def plan(self, horizon: int | None, steps: int | None) -> None:
         if horizon is not None or steps is not None:

@@ -99,8 +99,10 @@ class TimeTrial:
 
     It is timed against the start record, whose value is `start`, and must beat `best`: a candidate's former self is no
     reference, as it could be slow on purpose from some date on. The paired runs of the candidate serve both tests.
-    Where they leave the loss open, further runs of the candidate alone decide it. A void session says nothing on time;
-    the losses of its runs count.
+    Where they leave the loss open, further runs of the candidate decide it, in the same session: a program can tell
+    the date, so every run whose loss counts is timed, and on average these may take no longer than what is paid. A void
+    session says nothing on time; the losses of its runs count, but those of the session that does must lie below the
+    target too. A run of the candidate that does not complete is a rejection.
     """
 
     loss_test: SequentialTest
@@ -112,9 +114,13 @@ class TimeTrial:
     _warm: bool = False
     _candidate: list[float] = field(default_factory=list)
     _start: list[float] = field(default_factory=list)
-    """training seconds of the paired runs"""
+    """training seconds of the session's paired runs"""
+    _further: list[float] = field(default_factory=list)
+    _session_losses: list[float] = field(default_factory=list)
     _time: PairDecision | None = None
-    _hopeless: str = ""
+    _no: str = ""
+    """why it is rejected, where a single test does not say so"""
+    parallel = False
 
     @property
     def shown(self) -> str:
@@ -124,16 +130,14 @@ class TimeTrial:
     def not_shown(self) -> str:
         if self.loss_test.decide(self.losses).outcome == "reject":
             return "the runs do not show a mean loss below the target"
+        if self._time is not None and self._time.faster:
+            return "the runs that were timed and those that were good enough are not the same"
         return "the paired runs do not show that it is faster than the best so far"
-
-    @property
-    def parallel(self) -> bool:
-        return self._time is not None
 
     @property
     def outcome(self) -> Outcome:
         loss = self.loss_test.decide(self.losses).outcome
-        if loss == "reject" or self._hopeless:
+        if loss == "reject" or self._no:
             return "reject"
         if self.session > MAX_SESSIONS:
             return "void"
@@ -144,11 +148,13 @@ class TimeTrial:
     @property
     def reason(self) -> str:
         loss = self.loss_test.decide(self.losses)
+        if self._no:
+            return self._no
         if self.session > MAX_SESSIONS:
             return f"the start record's times moved too much in {MAX_SESSIONS} sessions"
-        if loss.outcome == "reject" or (self._time and self._time.faster):
+        if loss.outcome == "reject" or self._time is None or self._time.faster:
             return loss.reason
-        return self._hopeless or (self._time.reason if self._time else loss.reason)
+        return self._time.reason
 
     @property
     def timing(self) -> Timing | None:
@@ -160,7 +166,7 @@ class TimeTrial:
 
     def turn(self) -> Turn:
         if self._time is not None:
-            return Turn("candidate")
+            return Turn("candidate", self.session)
         if not self._warm:  # a cold first run would be the start record's
             return Turn("warm-up", self.session)
         ours, theirs = len(self._candidate), len(self._start)
@@ -168,13 +174,20 @@ class TimeTrial:
         return Turn("candidate" if candidates_turn else "start", self.session)
 
     def add(self, turn: Turn, loss: float, seconds: float) -> None:
-        if turn.role == "candidate" and self.loss_test.decide(self.losses).outcome == "continue":
-            self.losses.append(loss)
         if turn.role == "warm-up":
             self._warm = True
-        elif turn.session and self.outcome == "continue":
-            (self._candidate if turn.role == "candidate" else self._start).append(seconds)
-            self._look()
+            return
+        if turn.role == "start":
+            self._start.append(seconds)
+        else:
+            if self.loss_test.decide(self.losses).outcome == "continue":
+                self.losses.append(loss)
+            self._session_losses.append(loss)
+            if not math.isfinite(loss):
+                self._no = "a run of the candidate has no finite loss"
+                return
+            (self._candidate if self._time is None else self._further).append(seconds)
+        self._look()
 
     @property
     def _to_beat(self) -> float:
@@ -182,19 +195,35 @@ class TimeTrial:
         return self.best / self.start
 
     def _look(self) -> None:
+        if self._time is None:
+            self._look_at_pairs()
+        decided = self._time is not None and self.loss_test.decide(self.losses).outcome == "accept"
+        if decided and self._time and self._time.faster:
+            self._compare_all_runs(self._time)
+
+    def _look_at_pairs(self) -> None:
         pairs, best = len(self._candidate), [seconds * self._to_beat for seconds in self._start]
         if pairs != len(best):
             return
         if pairs < self.pair_test.pairs:
             if self.pair_test.hopeless(self._candidate, best):
-                self._hopeless = f"not faster: given up after {pairs} of {self.pair_test.pairs} pairs"
+                self._no = f"not faster: given up after {pairs} of {self.pair_test.pairs} pairs"
             return
         decision = self.pair_test.decide(self._candidate, best)
         if decision.void:
             self.session, self._warm = self.session + 1, False
-            self._candidate, self._start = [], []
+            self._candidate, self._start, self._session_losses = [], [], []
         else:
             self._time = decision
+
+    def _compare_all_runs(self, time: PairDecision) -> None:
+        """The runs that were timed must be those that are good enough, and the other way round."""
+        if math.fsum(self._session_losses) / len(self._session_losses) >= self.loss_test.target:
+            self._no = "the mean loss of the runs that were timed is not below the target"
+        elif self._further:
+            further, start = (sum(map(math.log, times)) / len(times) for times in (self._further, self._start))
+            if further - start > time.upper + math.log(self._to_beat):
+                self._no = "the further runs took longer than what the paired ones would be paid for"
 
     def value(self) -> float:
         assert self._time is not None

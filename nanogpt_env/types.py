@@ -148,7 +148,7 @@ class RunResult(Record):
     val_losses: dict[str, float] = {}
     """whole final shards, by name; of free models the audited losses"""
     audits: dict[str, Audit] = {}
-    """of free models, by shard; also when the audit refused. No more to the agent than the losses"""
+    """of free models, by shard; also when the audit refused. A verdict shows them rounded"""
     steps: int = 0
     tokens: int = 0
     flops: int = 0

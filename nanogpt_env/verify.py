@@ -191,6 +191,7 @@ def _run(
             turn, n = trial.turn(), len(reruns) + 1
             if turn.session and not held:
                 session.enter_context(backend.exclusive(lambda: on_progress("waiting for the whole machine", None)))
+                session.callback(queue.stop)  # before anybody else may begin
             elif held and not turn.session:
                 session.close()
             held = bool(turn.session)
@@ -251,7 +252,11 @@ def _worst_audit(reruns: list[Rerun]) -> Audit | None:
     if not audits:
         return None
     worst = max(audits, key=lambda a: a.max_abs_d)
-    return worst.model_copy(update={k: coarse([getattr(worst, k)]) for k in ("claimed_loss", "audited_loss")})
+    losses = {name: coarse([getattr(worst, name)]) for name in ("claimed_loss", "audited_loss")}
+    # one digit: the model has seen hidden text, and could write it into more
+    return worst.model_copy(
+        update=losses | {name: float(f"{getattr(worst, name):.0e}") for name in ("uncertainty", "mean_d", "max_abs_d")}
+    )
 
 
 def agent_reason(trial: Trial, last: RunResult) -> str:

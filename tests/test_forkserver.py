@@ -69,7 +69,6 @@ def own():
     """A backend with warm starts of its own, to be broken."""
     backend = LocalBackend("bubblewrap", warm=True)
     backend.prepare()
-    backend.prepare()
     yield backend
     backend.close()
 
@@ -303,7 +302,6 @@ from conftest import TINY
 from nanogpt_env.tiers import load_tier
 backend = LocalBackend("bubblewrap", warm=True)
 backend.prepare()
-backend.prepare()
 under_way(backend, load_tier(TINY))
 print("ready", flush=True)
 time.sleep(1000)
@@ -355,7 +353,6 @@ def test_where_forks_are_refused_runs_start_cold_and_say_why(broken, tier, file,
     assert reason in sandbox_report()["warm_starts"]["reason"]
     backend = LocalBackend("auto", warm=True)
     backend.prepare()
-    backend.prepare()
     try:
         result = train(backend, tier, SGD, steps=1)
         assert result.completed and result.sandbox.trusted
@@ -368,7 +365,6 @@ def test_where_forks_are_refused_runs_start_cold_and_say_why(broken, tier, file,
 def test_a_server_with_threads_does_not_fork(broken, tier):
     broken("forkserver.py", "    track = _fork_on_request", f"    {THREAD}\n    track = _fork_on_request")
     backend = LocalBackend("bubblewrap", warm=True)
-    backend.prepare()
     backend.prepare()
     try:
         assert train(backend, tier, SGD, steps=1).sandbox.note == "cold start: the fork server died twice"

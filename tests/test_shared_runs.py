@@ -58,7 +58,9 @@ def test_an_identical_run_is_trained_once():
 
 
 @pytest.mark.parametrize(
-    "other", [job(steps=21), job(seed="agent/2"), job(source="x = 2")], ids=["steps", "seed", "program"]
+    "other",
+    [job(steps=21), job(seed="agent/2"), job(source="x = 2"), job(setup_s=5.0)],
+    ids=["steps", "seed", "program", "limits"],
 )
 def test_another_run_is_trained_itself(other):
     one = backend()
@@ -67,7 +69,7 @@ def test_another_run_is_trained_itself(other):
     assert len(one.inner.runs) == 2
 
 
-def test_limits_and_cores_make_no_other_run():
+def test_deadline_and_cores_make_no_other_run():
     one = backend()
     one.start(job(), share=True).result(5)
     assert one.start(job(deadline_s=55.0).model_copy(update={"cores": (1,)}), share=True).result(5).shared

@@ -13,8 +13,8 @@ It is exceeded, as `test_where_the_level_is_exceeded` holds,
 - under interaction of .75, 1 and 2 floors: .021, .050, .185 (.0002, .0020, .056); only further sessions help;
 - with 40 % or 50 % of all runs slow by 30 floors: .0146, .0171 (.0011, .0014);
 - at 5 and 10 times the calibrated noise: .0114 and .0118 (.0012 and .0015), since a quarter and half of the sessions
-  are void and the others are chosen by the incumbent's times; without the void rule it is the level;
-- with a cold first run, the incumbent's, slow by 5 floors at three times the noise: .0169 (.0012). At the
+  are void and the others are chosen by the reference's times; without the void rule it is the level;
+- with a cold first run, the reference's, slow by 5 floors at three times the noise: .0169 (.0012). At the
   calibrated noise the same run gives .0003.
 """
 
@@ -33,7 +33,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from nanogpt_env import timing
-from nanogpt_env.timing import PairTest, incumbent_drift, order, rates, simulate
+from nanogpt_env.timing import PairTest, order, rates, reference_drift, simulate
 
 FLOOR = 0.015
 RUN_SD = FLOOR / math.sqrt(2)
@@ -89,7 +89,7 @@ def test_what_a_candidate_leaves_behind_slows_both_alike() -> None:
         after_candidate = np.concatenate([[False], turns[:-1]])
         assert after_candidate[turns].sum() == after_candidate[~turns].sum()
         if pairs in (3, 4, 5, 7, 8):  # nor can it void a session
-            assert incumbent_drift(after_candidate[~turns].astype(float)) == 0
+            assert reference_drift(after_candidate[~turns].astype(float)) == 0
 
 
 # --- decisions -----------------------------------------------------------------------------------
@@ -122,36 +122,36 @@ def test_equal_ratios_are_judged_by_the_floor() -> None:
     assert not replace(test, floor=0.015).decide([9.0, 9.0], [10.0, 10.0]).faster
 
 
-def test_a_drifting_incumbent_voids_either_way() -> None:
+def test_a_drifting_reference_voids_either_way() -> None:
     slower = [1.0, 1.0, 1.02, 1.04, 1.04]
     assert TEST.decide([0.5] * 5, slower).faster
-    for incumbent in ([1.0, 1.0, 1.05, 1.1, 1.1], [1.1, 1.1, 1.05, 1.0, 1.0]):
+    for reference in ([1.0, 1.0, 1.05, 1.1, 1.1], [1.1, 1.1, 1.05, 1.0, 1.0]):
         for candidate_s in ([0.5] * 5, [2.0] * 5):
-            decision = TEST.decide(candidate_s, incumbent)
+            decision = TEST.decide(candidate_s, reference)
             assert decision.void and not decision.faster and decision.ratio == 1.0
             assert decision.drift == pytest.approx(math.log(1.1) / FLOOR)
             assert "6.4 floors, 3 are allowed" in decision.reason
-            assert replace(TEST, drift=math.inf).decide(candidate_s, incumbent).faster is (candidate_s[0] < 1)
+            assert replace(TEST, drift=math.inf).decide(candidate_s, reference).faster is (candidate_s[0] < 1)
 
 
 def test_one_slow_run_in_each_half_does_not_void() -> None:
     for slow in ([0, 4], [1, 3], [0], [2], [4]):
-        incumbent = [7.0 if j in slow else 1.0 for j in range(5)]
-        assert TEST.decide([1.0] * 5, incumbent).drift == 0
+        reference = [7.0 if j in slow else 1.0 for j in range(5)]
+        assert TEST.decide([1.0] * 5, reference).drift == 0
     assert TEST.decide([1.0] * 5, [1.0, 1.0, 1.0, 1.2, 1.2]).void
 
 
 def test_the_unit_of_time_does_not_matter() -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
-        candidate_s, incumbent_s = np.exp(rng.normal(0, 0.02, (2, 5)) - [[0.04], [0.0]])
-        one = TEST.decide(candidate_s.tolist(), incumbent_s.tolist())
+        candidate_s, reference_s = np.exp(rng.normal(0, 0.02, (2, 5)) - [[0.04], [0.0]])
+        one = TEST.decide(candidate_s.tolist(), reference_s.tolist())
         for scale in (1e-3, 60.0, 1e6):
-            other = TEST.decide((scale * candidate_s).tolist(), (scale * incumbent_s).tolist())
+            other = TEST.decide((scale * candidate_s).tolist(), (scale * reference_s).tolist())
             assert (other.faster, other.void) == (one.faster, one.void)
             assert (other.upper, other.drift) == pytest.approx((one.upper, one.drift), abs=1e-9)
-            hopeless = TEST.hopeless(candidate_s[:3].tolist(), incumbent_s[:3].tolist())
-            assert TEST.hopeless((scale * candidate_s[:3]).tolist(), (scale * incumbent_s[:3]).tolist()) is hopeless
+            hopeless = TEST.hopeless(candidate_s[:3].tolist(), reference_s[:3].tolist())
+            assert TEST.hopeless((scale * candidate_s[:3]).tolist(), (scale * reference_s[:3]).tolist()) is hopeless
 
 
 def test_the_bound_never_falls_when_the_floor_grows() -> None:
@@ -163,9 +163,9 @@ def test_the_bound_never_falls_when_the_floor_grows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("candidate_s", "incumbent_s", "message"),
+    ("candidate_s", "reference_s", "message"),
     [
-        ([1.0] * 4, [1.0] * 5, "need 5 times each, got 4 candidate, 5 incumbent"),
+        ([1.0] * 4, [1.0] * 5, "need 5 times each, got 4 candidate, 5 reference"),
         ([1.0] * 6, [1.0] * 6, "need 5 times each"),
         ([], [], "need 5 times each"),
         ([1.0] * 4 + [0.0], [1.0] * 5, r"positive seconds, got \[0.0\]"),
@@ -174,20 +174,20 @@ def test_the_bound_never_falls_when_the_floor_grows() -> None:
         ([1.0] * 5, [math.inf] + [1.0] * 4, r"got \[inf\]"),
     ],
 )
-def test_bad_times_are_refused(candidate_s: list[float], incumbent_s: list[float], message: str) -> None:
+def test_bad_times_are_refused(candidate_s: list[float], reference_s: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TEST.decide(candidate_s, incumbent_s)
+        TEST.decide(candidate_s, reference_s)
 
 
 def test_bad_times_are_refused_by_the_early_stop() -> None:
-    for candidate_s, incumbent_s, message in (
+    for candidate_s, reference_s, message in (
         ([1.0], [1.0, 1.0], "whole pairs"),
         ([], [], "need 1 to 4 pairs, got 0"),
         ([1.0] * 5, [1.0] * 5, "need 1 to 4 pairs, got 5"),
         ([math.nan], [1.0], "positive seconds"),
     ):
         with pytest.raises(ValueError, match=message):
-            TEST.hopeless(candidate_s, incumbent_s)
+            TEST.hopeless(candidate_s, reference_s)
 
 
 @pytest.mark.parametrize(
@@ -216,16 +216,16 @@ def test_simulate_checks_its_arguments() -> None:
 def test_simulated_decisions_equal_decide(test: PairTest, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Array, Array]] = []
 
-    def spy(test: PairTest, candidate: Array, incumbent: Array, stop: bool = True) -> timing.SessionRates:
-        drawn.append((candidate, incumbent))
-        return rates(test, candidate, incumbent, stop)
+    def spy(test: PairTest, candidate: Array, reference: Array, stop: bool = True) -> timing.SessionRates:
+        drawn.append((candidate, reference))
+        return rates(test, candidate, reference, stop)
 
     monkeypatch.setattr(timing, "rates", spy)
     noise: Any = {"run_sd": 1.5 * RUN_SD, "session_sd": 0.1, "drift_sd": 6 * FLOOR, "outlier_share": 0.05}
     got = simulate(test, 400, log_ratio=-0.08, outlier_size=0.1, interaction_sd=FLOOR, seed=5, **noise)
-    ((log_candidate, log_incumbent),) = drawn
+    ((log_candidate, log_reference),) = drawn
     faster, void, runs, paid = 0, 0, 0, []
-    for c, i in zip(np.exp(log_candidate), np.exp(log_incumbent), strict=True):
+    for c, i in zip(np.exp(log_candidate), np.exp(log_reference), strict=True):
         k = next((k for k in range(1, 5) if test.hopeless(c[:k].tolist(), i[:k].tolist())), None)
         decision = test.decide(c.tolist(), i.tolist())
         assert rates(test, np.log(c)[None], np.log(i)[None], stop=False).faster == decision.faster
@@ -262,7 +262,7 @@ def test_the_quantile_spends_the_level(test: PairTest) -> None:
 @BOTH
 @pytest.mark.parametrize("noise", [1 / 3, 1.0, 3.0])
 def test_level_under_linear_drift(test: PairTest, noise: float) -> None:
-    for drift in (-6.75, -3.0, 3.0):  # negative: the host gets faster, and the incumbent goes first
+    for drift in (-6.75, -3.0, 3.0):  # negative: the host gets faster, and the reference goes first
         assert keeps_the_level(test, rates(test, *session(noise, 13, drift), stop=False))
     assert keeps_the_level(test, simulate(test, PATHS, run_sd=noise * RUN_SD, drift_sd=4 * FLOOR, seed=14, stop=False))
 
@@ -310,8 +310,8 @@ def test_a_cold_first_run_flatters_the_candidate() -> None:
 
 @BOTH
 def test_naive_rules_fail_the_same_check(test: PairTest) -> None:
-    candidate, incumbent = session(1.0, 19, session_sd=0.05)
-    means = float((candidate.mean(axis=1) < incumbent.mean(axis=1)).mean())
+    candidate, reference = session(1.0, 19, session_sd=0.05)
+    means = float((candidate.mean(axis=1) < reference.mean(axis=1)).mean())
     assert not within(test.level, means)
     assert means == pytest.approx(0.5, abs=0.01)
 
@@ -339,10 +339,10 @@ def test_power_at_ten_percent(test: PairTest, power: float, paid: float) -> None
 @BOTH
 def test_no_more_is_paid_than_is_there(test: PairTest) -> None:
     for noise in (1.0, 3.0):
-        candidate, incumbent = session(noise, 22, session_sd=0.05)
-        assert within(test.level, float((test.bounds(candidate - incumbent) < 0).mean()))
+        candidate, reference = session(noise, 22, session_sd=0.05)
+        assert within(test.level, float((test.bounds(candidate - reference) < 0).mean()))
         # The bound moves with the candidate, so this holds at any true ratio.
-        assert test.bounds(candidate - incumbent - 0.1) == pytest.approx(test.bounds(candidate - incumbent) - 0.1)
+        assert test.bounds(candidate - reference - 0.1) == pytest.approx(test.bounds(candidate - reference) - 0.1)
 
 
 @pytest.mark.parametrize("pairs", [5, 10])

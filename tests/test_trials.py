@@ -110,22 +110,36 @@ def test_faster_but_above_the_target_is_a_rejection():
     assert "mean loss" in t.not_shown
 
 
-def test_an_open_loss_is_decided_by_further_runs_of_the_candidate_alone():
+def test_an_open_loss_is_decided_by_further_runs_of_the_candidate_in_the_same_session():
     t = trial()
     turns = play(t, loss=undecided)
     assert len(turns) > 11
-    assert set(turns[11:]) == {Turn("candidate", 0)}
+    assert set(turns[11:]) == {Turn("candidate", 1)}
     assert t.outcome == LOSS_TEST.decide(t.losses).outcome
     assert t.timing.ratio == pytest.approx(20 / 30)
+    assert not t.parallel
 
 
-def test_only_once_the_time_is_decided_runs_may_overlap():
-    t, seen = trial(), []
-    while t.outcome == "continue":
-        seen.append(t.parallel)
-        t.add(t.turn(), undecided(len(seen)), 20.0 if t.turn().role == "candidate" else 30.0)
-    assert not any(seen[:11])
-    assert all(seen[11:])
+@pytest.mark.parametrize(("seconds", "outcome"), [(20.5, "accept"), (22.5, "reject"), (60.0, "reject")])
+def test_further_runs_may_take_no_longer_than_what_is_paid(seconds, outcome):
+    """A program that trains longer once it is no longer paired, and so has the better loss."""
+    t, count = trial(), 0
+    assert 20.5 < 30 * math.exp(math.log(20 / 30) + PAIR_TEST.half_width) < 22.5
+
+    def loss(n):
+        return undecided(n) if n <= 5 else GOOD
+
+    def candidate(turn):
+        nonlocal count
+        count += 1
+        return 20.0 if count <= 5 else seconds
+
+    play(t, loss=loss, candidate=candidate)
+    assert t.outcome == outcome
+    assert len(t.losses) > 5
+    if outcome == "reject":
+        assert "further runs took longer" in t.reason
+        assert "not the same" in t.not_shown
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -134,6 +148,7 @@ def test_a_run_that_does_not_complete_is_a_rejection(k):
     play(t, loss=lambda n: math.inf if n == k else GOOD)
     assert t.outcome == "reject"
     assert len(t.losses) == k
+    assert "no finite loss" in t.reason or "no finite loss" in LOSS_TEST.decide(t.losses).reason
 
 
 def drifting(trial):
@@ -148,6 +163,26 @@ def test_an_incumbent_that_drifts_voids_the_session_and_its_losses_count():
     assert t.outcome == "accept"
     assert t.losses == [GOOD] * 5  # decided in the first session; what came later was not looked at
     assert t.timing.ratio == pytest.approx(20 / 30)  # of the second session alone
+
+
+@pytest.mark.parametrize("second", [math.inf, TARGET + 0.01])
+def test_after_a_void_session_the_runs_that_are_timed_must_still_be_good(second):
+    """The loss test has accepted in the first session: a program that knows so, and saves at once from then on."""
+    t = trial()
+    count = 0
+
+    def loss(n):
+        return GOOD if n <= 5 else second
+
+    def candidate(turn):
+        nonlocal count
+        count += 1
+        return 20.0 if count <= 5 else 0.5
+
+    play(t, loss, candidate, start=lambda turn: 30.0 if turn.session > 1 else drifting(t)(turn))
+    assert t.losses[:5] == [GOOD] * 5
+    assert t.outcome == "reject"
+    assert "no finite loss" in t.reason or "not below the target" in t.reason
 
 
 def test_a_host_too_unsteady_to_time_anything_decides_nothing():

@@ -123,11 +123,14 @@ class LocalBackend:
         self._runs: list[LocalRun] = []
         self._server: ForkServer | None = None
         self._restarts = 1
+        self._closed = False
         self._lock = threading.Lock()
 
     def start(self, job: Job, share: bool = False) -> LocalRun:
         self.prepare()
         with self._lock:
+            if self._closed:
+                raise BackendError("the backend is closed")
             run = LocalRun(self._forked(job.track) or self._launched(job.track), job)
             self._runs = [*(r for r in self._runs if not r.done()), run]
             return run
@@ -137,7 +140,7 @@ class LocalBackend:
         with self._lock:
             if not self.cold_because and self._settle() == "plain":
                 self.cold_because = NEEDS
-            if not (self._server or self.cold_because):
+            if not (self._server or self.cold_because or self._closed):
                 self._server = ForkServer(self.hidden)
 
     def kind(self) -> str:
@@ -174,6 +177,7 @@ class LocalBackend:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             runs, self._runs = self._runs, []
             server, self._server = self._server, None
         for run in runs:
@@ -187,7 +191,10 @@ class LocalBackend:
 def sandbox_report() -> dict[str, Any]:
     """What sandboxes this machine offers; see `gpu_backend/report.py`."""
     script = content_root() / "gpu_backend" / "report.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        raise BackendError("the sandbox check did not end within 60 s") from None
     if done.returncode:
         raise BackendError(f"the sandbox check failed: {done.stderr.strip()[-500:]}")
     report: dict[str, Any] = json.loads(done.stdout)

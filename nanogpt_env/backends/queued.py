@@ -37,6 +37,8 @@ class Queued:
         self.inner = inner
         self.slots = Slots(owner)
         self._runs: list[QueuedRun] = []
+        self._lock = threading.Lock()
+        self._closed = False
         self._session: tuple[int, tuple[int, ...]] | None = None
         """thread and cores of an exclusive session"""
 
@@ -44,8 +46,11 @@ class Queued:
         if self._session and self._session[0] == threading.get_ident():
             # the last core: what the system itself does is mostly done on the first
             return self.inner.start(job.model_copy(update={"cores": self._session[1][-1:]}))
-        run = QueuedRun(self.inner.start, job, self.slots)
-        self._runs = [*(r for r in self._runs if not r.done()), run]
+        with self._lock:
+            if self._closed:
+                raise BackendError("the backend is closed")
+            run = QueuedRun(self.inner.start, job, self.slots)
+            self._runs = [*(r for r in self._runs if not r.done()), run]
         return run
 
     @contextlib.contextmanager
@@ -54,6 +59,8 @@ class Queued:
 
         def waiting() -> bool:
             nonlocal told
+            if self._closed:
+                raise BackendError("the backend is closed")
             if time.monotonic() - told > POLL_S:
                 told = time.monotonic()
                 on_wait()
@@ -67,9 +74,12 @@ class Queued:
                 self._session = None
 
     def close(self) -> None:
-        for run in self._runs:
+        with self._lock:
+            self._closed = True
+            runs, self._runs = self._runs, []
+        for run in runs:
             run.cancel()
         self.inner.close()
-        for run in self._runs:
+        for run in runs:
             with contextlib.suppress(BackendError, TimeoutError):
                 run.result(POLL_S)

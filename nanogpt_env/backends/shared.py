@@ -1,6 +1,6 @@
 """A backend that trains identical runs once for all environments of a user on this host.
 
-Identical: same job but for limits and cores, same trainer, same PyTorch, same kind of sandbox. Results lie in the cache
+Identical: same job but for deadline and cores, same trainer, same PyTorch, same kind of sandbox. Results lie in the cache
 folder, at most `KEEP` of them. Verification never shares: its seeds are fresh each time.
 """
 
@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import platform
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -82,6 +83,7 @@ class Shared:
         self.inner, self.kind = inner, kind
         self.folder = cache_dir() / "runs"
         self._runs: list[SharedRun] = []
+        self._lock = threading.Lock()
 
     def start(self, job: Job, share: bool = False) -> RunHandle:
         if not share:
@@ -95,23 +97,27 @@ class Shared:
             path = self.folder / f"{self._key(job)}.json"
         except OSError as error:
             raise BackendError(f"cannot read the corpus in {job.corpus}: {error.strerror}") from None
-        run = SharedRun(self.inner.start, job, path)
-        self._runs = [*(r for r in self._runs if not r.done()), run]
+        with self._lock:
+            run = SharedRun(self.inner.start, job, path)
+            self._runs = [*(r for r in self._runs if not r.done()), run]
         return run
 
     def exclusive(self, on_wait: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
         return self.inner.exclusive(on_wait)
 
     def close(self) -> None:
-        for run in self._runs:
+        with self._lock:
+            runs, self._runs = self._runs, []
+        for run in runs:
             run.cancel()
         self.inner.close()
-        for run in self._runs:
+        for run in runs:
             with contextlib.suppress(BackendError, TimeoutError):
                 run.result(POLL_S)
 
     def _key(self, job: Job) -> str:
-        content = job.model_dump_json(exclude={"limits", "cores", "cache"}) + job.track + self.kind()
+        content = job.model_dump_json(exclude={"limits": {"deadline_s"}, "cores": True, "cache": True})
+        content += job.track + self.kind() + platform.node() + platform.processor()
         manifest = (Path(job.corpus) / "manifest.json").read_bytes()
         return hashlib.sha256(content.encode() + manifest + _trainer()).hexdigest()
 

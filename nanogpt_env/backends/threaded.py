@@ -52,11 +52,14 @@ class ThreadedRun(abc.ABC):
 
     def _follow(self, start: Callable[[], RunHandle]) -> RunResult:
         """Start a run and wait for its end."""
+        if self._cancelled.is_set():
+            raise CancelledError
+        run = start()  # this may take long, so nobody waits for it; who cancels meanwhile is served below
         with self._lock:
+            self._run = run
             if self._cancelled.is_set():
-                raise CancelledError
-            self._run = start()
-        return self._run.result()
+                run.cancel()
+        return run.result()
 
     def _work(self) -> None:
         try:
