@@ -2,8 +2,10 @@
 
     python benchmarks/time_decision.py [--sessions 40] [--faster 15] [--load 0] [--steps 40]
 
-Sessions are those of verification: an uncounted run, then pairs in turn on one core, in the sandbox. The program is a
-record of a wallclock tier, cut to `--steps` so that many sessions can be had: short runs are noisier than whole ones.
+Sessions are those of verification: an uncounted run, then pairs in turn on one core, in the sandbox, each session on a
+backend of its own. The program is a record of a wallclock tier, cut to `--steps` so that many sessions can be had: short
+runs are noisier than whole ones. "Itself" differs by an allocation of random size, kept for the whole run: what the
+place of things in memory does to a program is part of the noise.
 `--load N` keeps N other processes computing meanwhile. From each session decisions are resampled: pairs drawn with
 replacement within one session, and, for the program against itself, each with a random sign. Writes
 benchmarks/results/time_decision-load-N.json after every session, and goes on where it stopped.
@@ -57,6 +59,11 @@ def session(tier: WallclockTier, backend: Queued, candidate: str, reference: str
         for turn in (turn for pair in order(pairs) for turn in pair):
             found["candidate" if turn else "reference"].append(run(candidate if turn else reference))
     return found
+
+
+def moved(source: str) -> str:
+    """The same program with other things at other places."""
+    return source.replace("model = GPT", f"kept = torch.empty({secrets.randbelow(1 << 20)})\nmodel = GPT", 1)
 
 
 @contextlib.contextmanager
@@ -123,7 +130,7 @@ def summary(rows: dict[str, list[Session]], pairs: int, drift: float) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tier", default="micro-wallclock")
+    parser.add_argument("--tier", default="nano-wallclock")
     parser.add_argument("--record", default="normuon")
     parser.add_argument("--sessions", type=int, default=40)
     parser.add_argument("--faster", type=int, default=15)
@@ -132,6 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     tier = load_tier(args.tier, calibrated=False)
     assert isinstance(tier, WallclockTier)
+    hidden = (tier.folder, tier.corpus_folder())
     source, v = tier.record(args.record).sources["train.py"], tier.table.verification
     same, faster = (STEPS.sub(f"STEPS = {n}", source) for n in (args.steps, round(FASTER * args.steps)))
     path = RESULTS / f"time_decision-load-{args.load}.json"
@@ -139,13 +147,14 @@ def main() -> None:
     if path.exists():
         kept = json.loads(path.read_text())
         rows = kept["sessions"] if kept["arguments"]["steps"] == args.steps else rows
-    backend = Queued(LocalBackend("auto", warm=True, hidden=(tier.folder, tier.corpus_folder())), "benchmark")
-    with contextlib.closing(backend), load(args.load):
+    with load(args.load):
         while len(rows["same"]) < args.sessions or len(rows["faster"]) < args.faster:
             # in turn, so that both meet the same hours of the machine
             behind = len(rows["same"]) * args.faster <= len(rows["faster"]) * args.sessions
             kind = "same" if behind and len(rows["same"]) < args.sessions else "faster"
-            rows[kind].append(session(tier, backend, same if kind == "same" else faster, same, v.pairs))
+            candidate = moved(same if kind == "same" else faster)
+            with contextlib.closing(Queued(LocalBackend("auto", warm=True, hidden=hidden), "benchmark")) as backend:
+                rows[kind].append(session(tier, backend, candidate, same, v.pairs))
             print(f"{kind} {len(rows[kind])}: {np.exp(log_ratios(rows[kind][-1:])).round(3).tolist()[0]}", flush=True)
             content = {
                 "command": "python benchmarks/time_decision.py "

@@ -1,7 +1,7 @@
 """A backend that trains identical runs once for all environments of a user on this host.
 
-Identical: same job but for deadline and cores, same trainer, same PyTorch, same kind of sandbox. Results lie in the cache
-folder, at most `KEEP` of them. Verification never shares: its seeds are fresh each time.
+Identical: same job but for deadline and cores, same trainer, PyTorch, machine and kind of sandbox. Results lie in the
+cache folder, at most `KEEP` of them. Verification never shares: its seeds are fresh each time.
 """
 
 from __future__ import annotations
