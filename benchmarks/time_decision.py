@@ -4,8 +4,8 @@
 
 Sessions are those of verification: an uncounted run, then pairs in turn on one core, in the sandbox, each session on a
 backend of its own. The program is a record of a wallclock tier, cut to `--steps` so that many sessions can be had;
-short runs are noisier than whole ones. "Itself" differs by an allocation of random size, kept for the whole run: what the
-place of things in memory does to a program is part of the noise.
+short runs are noisier than whole ones. "Itself" differs by an allocation of random size, kept for the whole run:
+what the place of things in memory does to a program is part of the noise.
 `--load N` keeps N other processes computing meanwhile. From each session decisions are resampled: pairs drawn with
 replacement within one session, and, for the program against itself, each with a random sign. Writes
 benchmarks/results/time_decision-load-N.json after every session, and goes on where it stopped.
