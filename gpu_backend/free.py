@@ -189,6 +189,7 @@ def in_sandbox(
         log.close_writer()
     told = False
     try:
+        process.wait_loaded()
         model = SandboxedModel(process, limits, shape, message, checkpoint)
         model.scores(trial)
         keep(log.text(0.05))

@@ -174,7 +174,6 @@ def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel, lau
 
     def evaluator(log_fd: int) -> sandbox.Process:
         started = cancel.now(launch(log_fd, "eval_host.py"))
-        started.wait_loaded()
         started.pin(job.cores)
         return started
 
