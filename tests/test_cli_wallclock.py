@@ -93,7 +93,12 @@ def test_this_host_can_be_timed(monkeypatch, tmp_path):
 
 def test_an_interrupted_submission_leaves_nothing(candidate):
     process = subprocess.Popen(
-        [COMMAND, "submit", candidate, "--tier", str(TINY)], stderr=subprocess.PIPE, env=dict(os.environ), text=True
+        [COMMAND, "submit", candidate, "--tier", str(TINY)],
+        stderr=subprocess.PIPE,
+        env=dict(os.environ),
+        text=True,
+        # a shell's background job, as the test session may be, hands "ignore SIGINT" down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     line = process.stderr.readline()
     assert "rerun 1 (warm-up" in line

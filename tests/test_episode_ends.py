@@ -141,7 +141,7 @@ def test_evidence_is_sealed_and_complete(make):
     assert evidence["snapshot"] == env.workspace.snapshot
     assert (evidence["claim"], evidence["horizon"], evidence["accepted"]) == (60, 60, True)
     assert evidence["tests"] == {"loss": pytest.approx(vars(TIER.loss_test()))}
-    assert (evidence["incumbent"], evidence["time"]) == ("slow", None)
+    assert (evidence["start"], evidence["time"]) == ("slow", None)
     assert {(r["role"], r["session"]) for r in evidence["reruns"]} == {("candidate", 0)}
     assert evidence["versions"] and evidence["hardware"] and evidence["sandbox"]["name"] == "fake"
 

@@ -102,9 +102,9 @@ def test_a_run_may_use_what_its_steps_take():
     assert most == {"flops": 20 * 1024 * tier.flops_per_token(), "tokens": 20 * 1024}
 
 
-def test_the_trial_asks_for_the_claim_and_knows_no_incumbent():
+def test_the_trial_asks_for_the_claim_whatever_came_before():
     tier = make_tier()
-    trial = tier.trial(Plan(steps=200, horizon=300), 266.0)
+    trial = tier.trial(Plan(steps=200, horizon=300), 266.0, 180.0)
     assert (trial.test, trial.value(), trial.outcome) == (tier.loss_test(), 200, "continue")
     assert trial.turn().role == "candidate" and trial.turn().session == 0
     assert tier.trial_fields() == {"loss": {k: float(v) for k, v in vars(tier.loss_test()).items()}}

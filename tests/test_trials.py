@@ -64,7 +64,7 @@ def test_faster_and_below_the_target_is_accepted_at_the_bound():
     t = trial()
     play(t)
     assert t.outcome == "accept"
-    assert t.losses == [GOOD] * 5  # the incumbent's are not among them
+    assert t.losses == [GOOD] * 5  # the start record's are not among them
     upper = math.log(20 / 30) + PAIR_TEST.half_width
     assert t.timing.ratio == pytest.approx(20 / 30)
     assert t.timing.bound == pytest.approx(math.exp(upper))
@@ -152,11 +152,11 @@ def test_a_run_that_does_not_complete_is_a_rejection(k):
 
 
 def drifting(trial):
-    """An incumbent that gets slower from run to run of a session."""
+    """A start record that gets slower from run to run of a session."""
     return lambda turn: 30.0 * 1.05 ** len(trial._start)
 
 
-def test_an_incumbent_that_drifts_voids_the_session_and_its_losses_count():
+def test_a_start_record_that_drifts_voids_the_session_and_its_losses_count():
     t = trial()
     turns = play(t, start=lambda turn: 30.0 if turn.session > 1 else drifting(t)(turn))
     assert [x for x in turns if x.role == "warm-up"] == [Turn("warm-up", 1), Turn("warm-up", 2)]

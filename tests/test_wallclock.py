@@ -114,7 +114,7 @@ def test_times_of_this_host_replace_those_of_the_calibration(tmp_path, monkeypat
 # --- verification ---
 
 
-def test_candidate_and_incumbent_run_in_turn_in_one_session():
+def test_candidate_and_start_record_run_in_turn_in_one_session():
     back = backend({FAST: 1.0, SLOW: 2.0})
     verdict, evidence = verify(TIER, back, SUBMISSION, START, 1.0)
     assert verdict.accepted
@@ -169,7 +169,7 @@ def test_a_crash_of_the_candidate_in_any_pair_is_a_rejection(k):
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_crash_of_the_incumbent_is_ours_and_redone_once(k):
+def test_a_crash_of_the_start_record_is_ours_and_redone_once(k):
     def script(job, number):
         fails = number in (k, k + 1) if twice else number == k
         failed = {"exit_reason": "candidate_memory", "val_losses": {}} if fails else {}
