@@ -26,3 +26,9 @@ def cache_dir() -> Path:
 def state_dir() -> Path:
     """For ledgers and evidence. NANOGPT_ENV_STATE overrides."""
     return Path(os.environ.get("NANOGPT_ENV_STATE") or platformdirs.user_state_path("nanogpt_env"))
+
+
+@functools.cache
+def trainer_code() -> bytes:
+    """All of the trainer: what its results depend on beside the job."""
+    return b"".join(path.read_bytes() for path in sorted((content_root() / "gpu_backend").glob("*.py")))

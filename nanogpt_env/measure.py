@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nanogpt_env.backends import Backend
-from nanogpt_env.content import cache_dir, content_root
+from nanogpt_env.content import cache_dir, trainer_code
 from nanogpt_env.errors import TierError
 from nanogpt_env.stats import SequentialTest, boundary_constant, predicted_power, upper_sd
 from nanogpt_env.timing import order
@@ -47,8 +47,6 @@ class Runs:
             raise TierError(f"another calibration of tier {tier.name} is running") from None
         if fresh:
             self.path.unlink(missing_ok=True)
-        # losses of another trainer are not these
-        self.trainer = b"".join(path.read_bytes() for path in sorted((content_root() / "gpu_backend").glob("*.py")))
         self._lock = threading.Lock()
         self.last: RunResult | None = None
 
@@ -57,8 +55,7 @@ class Runs:
 
     def get(self, what: str, job: Job, count: int) -> list[RunResult]:
         """`count` completed runs of `job`, each with a fresh seed. Raises `TierError` if one fails."""
-        content = job.model_dump_json(exclude={"seed", "cache", "corpus", "limits", "cores"}) + self.tier.manifest()
-        key = hashlib.sha256(content.encode() + self.trainer).hexdigest()
+        key = self._key(job)
         done = self._kept(key)[:count]
         if done:
             self.last = done[-1]
@@ -82,9 +79,7 @@ class Runs:
     def pairs(self, what: str, job: Job, start: Job, pairs: int, session: int) -> tuple[list[float], list[float]]:
         """Training seconds of `job` and of the start record's, from one session of pairs; the numbered session is run
         once and kept."""
-        content = [j.model_dump_json(exclude={"seed", "cache", "corpus", "limits", "cores"}) for j in (job, start)]
-        mark = f"{pairs} pairs, session {session}" + self.tier.manifest()
-        key = hashlib.sha256("".join([*content, mark]).encode() + self.trainer).hexdigest()
+        key = self._key(job, start, mark=f"{pairs} pairs, session {session}")
         total = 2 * pairs + 1
         kept = self._kept(key)
         self.report(what, min(len(kept), total), total)
@@ -112,6 +107,11 @@ class Runs:
             raise TierError(f"{what}: {result.exit_reason}: {result.detail}\n{result.log[-2000:]}")
         self.last = result
         return result
+
+    def _key(self, *jobs: Job, mark: str = "") -> str:
+        content = [job.model_dump_json(exclude={"seed", "cache", "corpus", "limits", "cores"}) for job in jobs]
+        text = "".join([*content, mark, self.tier.manifest()])
+        return hashlib.sha256(text.encode() + trainer_code()).hexdigest()  # losses of another trainer are not these
 
     def _kept(self, key: str) -> list[RunResult]:
         if not self.path.exists():

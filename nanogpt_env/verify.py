@@ -186,15 +186,11 @@ def _run(
     """Run until the trial has an outcome; `reruns` takes what was run. Returns the last result."""
     v = tier.table.verification
     with contextlib.ExitStack() as session:
-        held = False
+        if trial.turn().session:
+            session.enter_context(backend.exclusive(lambda: on_progress("waiting for the whole machine", None)))
+            session.callback(queue.stop)  # before anybody else may begin
         while True:
             turn, n = trial.turn(), len(reruns) + 1
-            if turn.session and not held:
-                session.enter_context(backend.exclusive(lambda: on_progress("waiting for the whole machine", None)))
-                session.callback(queue.stop)  # before anybody else may begin
-            elif held and not turn.session:
-                session.close()
-            held = bool(turn.session)
             ahead = min(v.slots, v.n_max - len(trial.losses)) if trial.parallel else 1
             seed, result = queue.take(n, turn, ahead, on_progress)
             loss = result.val_losses[tier.table.data.hidden] if result.completed else math.inf

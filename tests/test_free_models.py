@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import free_models as fm
 import numpy as np
@@ -40,7 +41,7 @@ def test_no_process_gets_two_of_a_sequence_or_of_a_document(m):
     starts = np.flatnonzero(text == 0)
     requests = audit.draw(1023, LENGTH, m, np.random.default_rng(m))
     groups = audit.rounds(requests, LENGTH, starts)
-    key = lambda r: (r.sequence, r.position)  # noqa: E731
+    key = operator.attrgetter("sequence", "position")
     assert sorted((r for g in groups for r in g), key=key) == sorted(requests, key=key)
     document = np.cumsum(text == 0)
     for group in groups:

@@ -270,7 +270,7 @@ def test_runs_beyond_the_cores_wait_and_environments_take_turns():
     until(lambda: len(slow.runs) == 3)
     assert slow.runs[2].job.seed == "other"  # who has fewest goes first
     for i in range(5):
-        until(lambda: len(slow.runs) > i)  # noqa: B023
+        until(lambda i=i: len(slow.runs) > i)
         slow.runs[i].release()
     assert all(run.result(5).completed for run in (*many, other))
 

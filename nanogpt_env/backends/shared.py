@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.backends.queued import POLL_S
 from nanogpt_env.backends.threaded import ThreadedRun
-from nanogpt_env.content import cache_dir, content_root, state_dir
+from nanogpt_env.content import cache_dir, state_dir, trainer_code
 from nanogpt_env.errors import BackendError
 from nanogpt_env.types import Job, RunResult
 
@@ -125,8 +125,7 @@ class Shared:
 @functools.cache
 def _trainer() -> bytes:
     """What losses depend on beside the job: the trainer's code and the libraries it runs on."""
-    code = b"".join(path.read_bytes() for path in sorted((content_root() / "gpu_backend").glob("*.py")))
-    return code + "".join(metadata.version(name) for name in ("torch", "numpy")).encode()
+    return trainer_code() + "".join(metadata.version(name) for name in ("torch", "numpy")).encode()
 
 
 def _prune(folder: Path) -> None:
