@@ -1,5 +1,6 @@
 """A seccomp filter for candidate processes: threads but no new processes, no sockets but AF_UNIX,
-and none of the calls that reach other processes, hold memory outside RLIMIT_AS or load kernel code.
+and none of the calls that reach other processes, hold memory outside RLIMIT_AS, tell what is in the page cache
+or load kernel code.
 
 bubblewrap applies it (`--seccomp FD`). Denied calls fail with EPERM, so honest code that probes for a
 feature falls back instead of dying. `clone3` answers ENOSYS because its flags lie behind a pointer that
@@ -50,6 +51,11 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "sched_setaffinity": (203, 122),
     "setns": (308, 268),
     "open_by_handle_at": (304, 265),
+    # what another process has read of a shared file, and taking it out of memory again
+    "mincore": (27, 232),
+    "cachestat": (451, 451),
+    "preadv2": (327, 286),  # RWF_NOWAIT
+    "fadvise64": (221, 223),
 }
 
 

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import host
 import sandbox
 from logs import BoundedLog
 
@@ -254,6 +255,7 @@ def preload() -> None:
     import timed  # noqa: F401
     import training  # noqa: F401
 
+    host.keep_freed_memory()
     torch.set_num_threads(1)
 
 

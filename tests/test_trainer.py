@@ -12,16 +12,12 @@ from processes import command_lines, left_after, of_this_process
 from rules import SGD, rule_job, schedule, train
 
 from nanogpt_env.backends.local import LocalBackend
-from nanogpt_env.content import content_root
 from nanogpt_env.errors import BackendError
 from nanogpt_env.tiers import load_tier
 
 
 def in_process(tier, source, steps, seed):
     """Losses of the same training with the rule applied in this process, written independently."""
-    import sys
-
-    sys.path.insert(0, str(content_root() / "gpu_backend"))
     from trainer import Result, StepsJob
     from training import Training
 
@@ -84,9 +80,6 @@ def test_isolated_and_in_process_losses_agree(sealed, tier, name):
 
 
 def test_flops_agree_with_torch_counting_the_real_model(tier):
-    import sys
-
-    sys.path.insert(0, str(content_root() / "gpu_backend"))
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
