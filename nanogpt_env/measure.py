@@ -4,7 +4,6 @@ continues where it stopped; and the constants of the loss test."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -13,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from nanogpt_env.backends import Backend
 from nanogpt_env.content import cache_dir, trainer_code
@@ -39,11 +40,10 @@ class Runs:
         self.tier, self.backend, self.workers, self.report = tier, backend, workers, report
         self.path = cache_dir() / "calibration" / f"{name or tier.name}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock_file = self.path.with_suffix(".lock").open("w")
+        self._only = FileLock(self.path.with_suffix(".lock"))
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
+            self._only.acquire(blocking=False)
+        except Timeout:
             raise TierError(f"another calibration of tier {tier.name} is running") from None
         if fresh:
             self.path.unlink(missing_ok=True)
@@ -51,7 +51,7 @@ class Runs:
         self.last: RunResult | None = None
 
     def close(self) -> None:
-        self._lock_file.close()
+        self._only.release()
 
     def get(self, what: str, job: Job, count: int) -> list[RunResult]:
         """`count` completed runs of `job`, each with a fresh seed. Raises `TierError` if one fails."""

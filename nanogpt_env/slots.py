@@ -13,8 +13,10 @@ has the door. Who holds a core and asks for all waits for itself. Without flock 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
+import platform
 import threading
 import time
 import weakref
@@ -94,12 +96,38 @@ class Slot(contextlib.AbstractContextManager["Slot"]):
     __exit__ = release
 
 
+def usable_cores(groups: Path = Path("/sys/fs/cgroup"), ours: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """The cores this process may run on, and no more than the CPU quota of its control groups (v1 and v2) pays for."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    most = max(1, int(min([float(len(cores)), *_quotas(groups, ours)])))
+    # containers of one machine see the same numbers: where each begins follows from its name
+    first = int.from_bytes(hashlib.sha256(platform.node().encode()).digest()) % len(cores) if most < len(cores) else 0
+    return sorted((cores * 2)[first : first + most])
+
+
+def _quotas(groups: Path, ours: Path) -> Iterator[float]:
+    """CPU quota in cores of our control group and all above it, where there is one."""
+    for line in ours.read_text().splitlines() if ours.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "cpu", "cpu,cpuacct"):
+            continue
+        path = groups / controllers / group.lstrip("/")
+        # a container may see its own group as the root, under the host's name
+        for folder in {path, *path.parents, groups / controllers}:
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                if controllers:
+                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                else:
+                    quota, period = (folder / "cpu.max").read_text().split()
+                if int(quota) > 0:  # -1: none
+                    yield int(quota) / int(period)
+
+
 class Slots:
     """One owner's (environment's) way to the cores; threads may share it. `BackendError` if the folder is unusable."""
 
     def __init__(self, owner: str, cores: Sequence[int] | None = None, folder: Path | None = None) -> None:
-        ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        self.owner, self.cores = owner, tuple(dict.fromkeys(sorted(ours) if cores is None else cores))
+        self.owner, self.cores = owner, tuple(dict.fromkeys(usable_cores() if cores is None else cores))
         if not self.cores:
             raise ValueError("slots need at least one core")
         self.folder = (folder or state_dir() / "slots") / ("" if HAS_FLOCK else f"process-{os.getpid()}")

@@ -40,7 +40,7 @@ from nanogpt_env.types import RunResult
 
 def test_every_built_in_tier_has_an_id():
     ids = {name for name in gymnasium.registry if name.startswith("NanoGPT/")}
-    tiers = {f"NanoGPT/{name}-v0" for name in ("NanoSteps", "MicroSteps", "NanoWallclock")}
+    tiers = {f"NanoGPT/{name}-v0" for name in ("NanoSteps", "MicroSteps", "NanoWallclock", "MicroWallclock")}
     assert ids == {"NanoGPT/Speedrun-v0"} | tiers
     assert all(gymnasium.spec(name).nondeterministic for name in ids)
     assert len(ids) == 1 + len(builtin_tiers())

@@ -38,6 +38,33 @@ def folder(tmp_path):
     return tmp_path / "slots"
 
 
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"}, 2),
+        ("0::/elsewhere", {"cpu.max": "50000 100000"}, 1),
+        ("0::/a", {"a/cpu.max": "max 100000"}, 8),
+        ("0::/a", {"a/cpu.max": "garbage"}, 8),
+        ("0::/a", {"a/cpu.max": "9000000 100000"}, 8),
+        ("4:cpu,cpuacct:/x\n3:pids:/x", {"cpu,cpuacct/x/cpu.cfs_quota_us": "300000"}, 3),
+        ("4:cpu:/x\n0::/", {"cpu/cpu.cfs_quota_us": "-1"}, 8),
+        (None, {}, 8),
+    ],
+)
+def test_a_cpu_quota_counts_as_fewer_cores(tmp_path, monkeypatch, membership, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10, 18)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        if "quota" in name:
+            (tmp_path / name).with_name("cpu.cfs_period_us").write_text("100000")
+    if membership is not None:
+        (tmp_path / "membership").write_text(membership)
+    found = slots.usable_cores(tmp_path, tmp_path / "membership")
+    assert len(set(found)) == cores and set(found) <= set(range(10, 18))
+    assert found == slots.usable_cores(tmp_path, tmp_path / "membership")
+
+
 def until(condition):
     end = time.monotonic() + PATIENCE_S
     while not condition():

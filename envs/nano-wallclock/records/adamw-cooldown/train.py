@@ -6,7 +6,7 @@ import speedrun
 from speedrun import GPT, config
 
 ROWS, LENGTH = 8, config.model.seq_len
-STEPS = 435
+STEPS = 470
 LEARNING_RATE = 0.010
 WARMUP_STEPS = 30
 COOLDOWN = 0.6  # share of the steps

@@ -6,7 +6,7 @@ import speedrun
 from speedrun import GPT, config
 
 ROWS, LENGTH = 8, config.model.seq_len
-STEPS = 385
+STEPS = 400
 LEARNING_RATES = {"embed": 0.02, "head": 0.016, "blocks": 0.008}
 WARMUP_STEPS = 30
 COOLDOWN = 0.7  # share of the steps
