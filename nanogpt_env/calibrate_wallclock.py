@@ -35,6 +35,7 @@ def calibrate(
     sessions: int = 2,
     workers: int = 1,
     fresh: bool = False,
+    retime: bool = False,
     report: Report = silent,
 ) -> WallclockCalibration:
     """Run everything and return the calibration. Raises `TierError` if the tier cannot be calibrated as it is: a table
@@ -42,7 +43,7 @@ def calibrate(
     floor = table_floor(tier, report)
     check_table_floor(tier, floor)
     start, anchor = tier.table.reward.start, tier.table.reward.anchor
-    with contextlib.closing(Runs(tier, backend, workers, report, fresh)) as runs:
+    with contextlib.closing(Runs(tier, backend, workers, report, fresh, retime)) as runs:
         results = {
             name: runs.get(f"{name}: loss", _job(tier, name), reruns if name in (start, anchor) else seeds)
             for name in tier.records

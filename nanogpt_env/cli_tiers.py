@@ -133,6 +133,9 @@ def tiers_calibrate(
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time; each takes one core.")] = 1,
     sessions: Annotated[int, typer.Option(min=2, help="Wallclock tiers: sessions of pairs of start and anchor.")] = 2,
     fresh: Annotated[bool, typer.Option(help="Forget the finished runs of an earlier calibration.")] = False,
+    retime: Annotated[
+        bool, typer.Option(help="Wallclock tiers: run the sessions of pairs anew, no more.")
+    ] = False,
     recompute: Annotated[
         bool, typer.Option(help="After a change of target, verification or budget: reuse the losses, train nothing.")
     ] = False,
@@ -152,6 +155,8 @@ def tiers_calibrate(
         if isinstance(loaded, StepsTier):
             from nanogpt_env import calibrate
 
+            if retime:
+                raise typer.BadParameter("--retime is for tiers of the wallclock track")
             if recompute:
                 measured = calibrate.recompute(loaded, load_calibration(loaded.folder, StepsCalibration), counts)
             else:
@@ -162,7 +167,9 @@ def tiers_calibrate(
             assert isinstance(loaded, WallclockTier)
             if recompute or value:
                 raise typer.BadParameter("--recompute and --value are for tiers of the steps track")
-            measured = calibrate_wallclock.calibrate(loaded, backend, sessions=sessions, report=counts, **settings)
+            measured = calibrate_wallclock.calibrate(
+                loaded, backend, sessions=sessions, retime=retime, report=counts, **settings
+            )
     if not dry_run:
         write_calibration(path, measured)
         errors.print(f"wrote {path}")

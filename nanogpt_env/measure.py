@@ -11,6 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -34,11 +35,24 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 class Runs:
-    """Trains jobs on a backend, `workers` at a time, and remembers finished ones in a file."""
+    """Trains jobs on a backend, `workers` at a time, and remembers finished ones and sessions of pairs in two files.
 
-    def __init__(self, tier: Tier, backend: Backend, workers: int, report: Report, fresh: bool, name: str = "") -> None:
+    fresh: forget both; retime: forget the sessions. Raises `TierError` while another of this tier is open.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        backend: Backend,
+        workers: int,
+        report: Report,
+        fresh: bool,
+        retime: bool = False,
+        name: str = "",
+    ) -> None:
         self.tier, self.backend, self.workers, self.report = tier, backend, workers, report
         self.path = cache_dir() / "calibration" / f"{name or tier.name}.jsonl"
+        self.sessions = self.path.with_stem(f"{self.path.stem}-sessions")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._only = FileLock(self.path.with_suffix(".lock"))
         try:
@@ -47,6 +61,8 @@ class Runs:
             raise TierError(f"another calibration of tier {tier.name} is running") from None
         if fresh:
             self.path.unlink(missing_ok=True)
+        if fresh or retime:
+            self.sessions.unlink(missing_ok=True)
         self._lock = threading.Lock()
         self.last: RunResult | None = None
 
@@ -56,7 +72,7 @@ class Runs:
     def get(self, what: str, job: Job, count: int) -> list[RunResult]:
         """`count` completed runs of `job`, each with a fresh seed. Raises `TierError` if one fails."""
         key = self._key(job)
-        done = self._kept(key)[:count]
+        done = _kept(self.path, key)[:count]
         if done:
             self.last = done[-1]
         self.report(what, len(done), count)
@@ -64,7 +80,7 @@ class Runs:
         def train(_: int) -> RunResult:
             result = self._train(what, job)
             with self._lock:
-                self._keep(key, result)
+                _keep(self.path, key, result)
                 done.append(result)
                 self.report(what, len(done), count)
             return result
@@ -81,7 +97,7 @@ class Runs:
         once and kept."""
         key = self._key(job, start, mark=f"{pairs} pairs, session {session}")
         total = 2 * pairs + 1
-        kept = self._kept(key)
+        kept = _kept(self.sessions, key)
         self.report(what, min(len(kept), total), total)
         if len(kept) < total:  # a session that was cut off is run anew
             kept = []
@@ -91,7 +107,7 @@ class Runs:
                     kept.append(self._train(what, job if turn else start))
                     self.report(what, done, total)
             for result in kept:
-                self._keep(key, result)
+                _keep(self.sessions, key, result)
         ours = [bool(turn) for pair in order(pairs) for turn in pair]
         timed = list(zip(ours, (r.train_seconds for r in kept[-2 * pairs :]), strict=True))
         return [s for mine, s in timed if mine], [s for mine, s in timed if not mine]
@@ -113,21 +129,23 @@ class Runs:
         text = "".join([*content, mark, self.tier.manifest()])
         return hashlib.sha256(text.encode() + trainer_code()).hexdigest()  # losses of another trainer are not these
 
-    def _kept(self, key: str) -> list[RunResult]:
-        if not self.path.exists():
-            return []
-        kept = []
-        for text in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # torn by a crash, and maybe written on after it
-                line = json.loads(text)
-                if line["key"] == key:
-                    kept.append(RunResult(**line["result"]))
-        return kept
 
-    def _keep(self, key: str, result: RunResult) -> None:
-        slim = result.model_dump(exclude={"train_losses", "log"})
-        with self.path.open("a") as file:
-            file.write(json.dumps({"key": key, "result": slim}) + "\n")
+def _kept(path: Path, key: str) -> list[RunResult]:
+    if not path.exists():
+        return []
+    kept = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # torn by a crash, and maybe written on after it
+            line = json.loads(text)
+            if line["key"] == key:
+                kept.append(RunResult(**line["result"]))
+    return kept
+
+
+def _keep(path: Path, key: str, result: RunResult) -> None:
+    slim = result.model_dump(exclude={"train_losses", "log"})
+    with path.open("a") as file:
+        file.write(json.dumps({"key": key, "result": slim}) + "\n")
 
 
 def boundary_of(tier: Tier, report: Report = silent) -> tuple[float, float]:

@@ -93,6 +93,10 @@ def test_finished_runs_and_sessions_are_kept():
     again = synthetic()
     calibrated(again)
     assert len(again.jobs) == 2 * 7  # the second session anew, and the third
+    retimed = synthetic(seconds=(4.0, 3.0))
+    made = calibrated(retimed, retime=True)
+    assert len(retimed.jobs) == 3 * 7
+    assert made.timing.log_ratios["fast"] == pytest.approx(math.log(0.75), abs=4 * TIME_SD / 3)
 
 
 def test_a_target_that_a_table_comes_close_to_is_refused(monkeypatch):
