@@ -155,7 +155,6 @@ def _record(test: SequentialTest, losses: Any, results: list[RunResult]) -> Time
         loss_n=len(losses),
         power=round(predicted_power(test, test.target - mean, sd), 4),
         tokens=max(r.tokens for r in results),
-        seconds=float(np.mean([r.train_seconds for r in results])),
     )
 
 

@@ -133,9 +133,7 @@ def tiers_calibrate(
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time; each takes one core.")] = 1,
     sessions: Annotated[int, typer.Option(min=2, help="Wallclock tiers: sessions of pairs of start and anchor.")] = 2,
     fresh: Annotated[bool, typer.Option(help="Forget the finished runs of an earlier calibration.")] = False,
-    retime: Annotated[
-        bool, typer.Option(help="Wallclock tiers: run the sessions of pairs anew, no more.")
-    ] = False,
+    retime: Annotated[bool, typer.Option(help="Wallclock tiers: run the sessions of pairs anew, no more.")] = False,
     recompute: Annotated[
         bool, typer.Option(help="After a change of target, verification or budget: reuse the losses, train nothing.")
     ] = False,

@@ -195,8 +195,6 @@ class TimedRecordCalibration(RecordCalibration):
     """chance that the loss test accepts it"""
     tokens: Count
     """training tokens that it uses"""
-    seconds: Positive
-    """mean training seconds"""
 
 
 class Calibration(Record):

@@ -35,10 +35,8 @@ def calibration(folder):
         power={},
         evidence=BY_HAND,
         records={
-            name: TimedRecordCalibration(
-                loss_sd=SIGMA, loss_mean=loss, loss_n=4, power=1.0, tokens=tokens, seconds=seconds
-            )
-            for name, (loss, tokens, seconds) in rows.items()
+            name: TimedRecordCalibration(loss_sd=SIGMA, loss_mean=loss, loss_n=4, power=1.0, tokens=tokens)
+            for name, (loss, tokens, _) in rows.items()
         },
         table_floor={"bigrams": 4.4, "finished": 4.4},
         timing=HostTiming(
