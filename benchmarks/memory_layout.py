@@ -88,15 +88,15 @@ def main() -> None:
                 seconds[int(back), i, done] = result.train_seconds
                 faults[int(back), i, done] = int(re.findall(r"faults (\d+)", result.log)[0])
             print(f"round {done + 1} of {args.rounds}", flush=True)
+    found = {"kept": summary(seconds[0], faults[0]), "given_back": summary(seconds[1], faults[1])}
     content = {
         "command": "python benchmarks/memory_layout.py " + " ".join(f"--{k} {v}" for k, v in vars(args).items()),
         "hardware": result.hardware,
-        "kept": summary(seconds[0], faults[0]),
-        "given_back": summary(seconds[1], faults[1]),
+        **found,
     }
     (RESULTS / "memory_layout.json").write_text(json.dumps(content, indent=1) + "\n")
-    for name in ("kept", "given_back"):
-        print(name, {k: v for k, v in content[name].items() if k != "runs"})  # type: ignore[attr-defined]
+    for name, row in found.items():
+        print(name, {k: v for k, v in row.items() if k != "runs"})
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def trained(tier: WallclockTier, record: str, seed: str) -> tuple[torch.Tensor, 
             yield window[:, :-1], window[:, 1:]
 
     config = types.SimpleNamespace(model=setting.config, tokens=job.tokens, max_batch_tokens=job.max_batch_tokens)
-    vars(client).update(batches=batches, start=lambda: None, save=kept.update, config=config)
-    client.GPT = type(setting.model)  # type: ignore[attr-defined]
+    model = type(setting.model)
+    vars(client).update(batches=batches, start=lambda: None, save=kept.update, config=config, GPT=model)
     sys.modules["speedrun"] = client
     exec(compile(tier.record(record).sources["train.py"], "train.py", "exec"), {})
     labels = torch.from_numpy(_labels(setting, job).astype(np.int64))
