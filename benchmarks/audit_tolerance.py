@@ -34,6 +34,7 @@ import data
 import eval_host
 import free
 import host
+import process
 import sandbox
 from audit import Audit, AuditRules
 from candidate import Limits
@@ -98,7 +99,7 @@ def sandboxed(kind: dict[str, Any], state: dict[str, Tensor]) -> Open:
     trial = np.zeros((SHAPE.rows, SHAPE.length + 1), np.uint16)
     content = safetensors.torch.save(state)
 
-    def launch(log_fd: int) -> sandbox.Process:
+    def launch(log_fd: int) -> process.Process:
         return sandbox.launch("bubblewrap", [content_root()], log_fd, "eval_host.py")
 
     return lambda: free.in_sandbox(launch, lambda log: None, LIMITS, SHAPE, message, content, trial)
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--sandboxed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sandbox.adopt_orphans()
+    process.adopt_orphans()
     paths = data.unpack(content_root() / "gpu_backend" / "corpora" / "shakespeare", cache_dir())
     shards = {name: np.array(data.read_shard(paths[name])) for name in ("train", "val_hidden")}
     states: dict[tuple[str, bool], dict[str, Tensor]] = {}

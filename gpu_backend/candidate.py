@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import host
-from sandbox import Process
-
-MAX_THREADS = 64
+from process import Process
 
 
 class RunFailed(Exception):
@@ -74,10 +72,11 @@ class Candidate:
             **message,
             "shared_bytes": len(self.memory),
             "memory_bytes": self.limits.memory_bytes,
-            "threads": MAX_THREADS if self.process.info.trusted else 0,
+            "threads": self.process.thread_limit(),
         }
         body, control = json.dumps(full).encode(), self.process.control
         control.settimeout(self.limits.setup_s)
+        self.process.limit(self.limits.memory_bytes)
         try:
             socket.send_fds(control, [host.LENGTH.pack(len(body))], [self._fd])
             control.sendall(body)
@@ -122,6 +121,8 @@ class Candidate:
             except OSError:
                 part = b""
             if not part:
+                if self.process.out_of_memory():
+                    raise self._too_much_memory()
                 raise RunFailed("candidate_exited", "the candidate's process ended before it answered")
             data += part
         self.waited += time.monotonic() - began
@@ -129,9 +130,12 @@ class Candidate:
         if frame[0] == host.ERROR:
             raise RunFailed("candidate_error", "the candidate raised an exception; see the log")
         if frame[0] == host.OUT_OF_MEMORY:
-            limit = self.limits.memory_bytes >> 20
-            raise RunFailed("candidate_memory", f"the candidate went over its memory limit of {limit} MiB")
+            raise self._too_much_memory()
         return frame
+
+    def _too_much_memory(self) -> RunFailed:
+        limit = self.limits.memory_bytes >> 20
+        return RunFailed("candidate_memory", f"the candidate went over its memory limit of {limit} MiB")
 
 
 def _shared_file(size: int) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import confine
 import host
+import process
 import sandbox
 import trainer
 import warm
@@ -40,7 +41,7 @@ def main() -> int:
         zygote = warm.Zygote.launch(hidden)
         trainer.preload()
         zygote.wait()
-    except (sandbox.SandboxError, ImportError, OSError) as error:
+    except (process.SandboxError, ImportError, OSError) as error:
         line.send(str(error).encode())
         return 0
     gc.freeze()  # else each trainer's first collection copies what all of them share
@@ -50,10 +51,10 @@ def main() -> int:
         zygote.close()
         return 0
 
-    def launch(log_fd: int, script: str) -> sandbox.Process:
+    def launch(log_fd: int, script: str) -> process.Process:
         try:
             return zygote.fork(Path(script).stem, log_fd)
-        except sandbox.SandboxError as error:
+        except process.SandboxError as error:
             return sandbox.launch("bubblewrap", hidden, log_fd, script, f"cold start: {error}")
 
     code = 1

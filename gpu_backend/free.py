@@ -19,7 +19,7 @@ import host
 from audit import Audit, AuditRules
 from candidate import Candidate, Limits, RunFailed
 from data import Tokens
-from sandbox import Process
+from process import Process
 
 Floats32 = NDArray[np.float32]
 REFUSAL = "a fresh process could not repeat the answers from the text before them"

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 
+import cgroups
 import sandbox
 import warm
 
 
 def report() -> dict[str, object]:
-    binary, reason = sandbox.find_bubblewrap()
+    reasons = {name: kind.unavailable() for name, kind in sandbox.KINDS.items()}
     cold = warm.unavailable()
+    groups = cgroups.find()
     return {
-        "bubblewrap": {"available": bool(binary), "path": binary, "reason": reason, "trusted": True},
-        "plain": {"available": True, "trusted": False, "reason": sandbox.HOW_TO_TRUST},
-        "auto": "bubblewrap" if binary else "plain",
+        "sandboxes": {
+            name: {"available": not reason, "reason": reason, "trusted": sandbox.KINDS[name].trusted}
+            for name, reason in reasons.items()
+        },
+        "auto": next(name for name, reason in reasons.items() if not reason),
         "warm_starts": {"available": not cold, "reason": cold},
+        "how_to_trust": sandbox.HOW_TO_TRUST,
+        "cgroups": {"available": bool(groups[0]), "version": groups[1], "reason": groups[2]},
     }
 
 

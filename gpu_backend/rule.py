@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import host
 from candidate import Candidate, Limits, RunFailed
-from sandbox import Process
+from process import Process
 
 WINDOW = 20  # steps over which rule time is compared with forward + backward
 WINDOW_MIN = 5

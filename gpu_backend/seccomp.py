@@ -2,9 +2,12 @@
 and none of the calls that reach other processes, hold memory outside RLIMIT_AS, tell what is in the page cache
 or load kernel code.
 
-bubblewrap applies it (`--seccomp FD`). Denied calls fail with EPERM, so honest code that probes for a
-feature falls back instead of dying. `clone3` answers ENOSYS because its flags lie behind a pointer that
-a filter cannot read; the C library then uses `clone`, whose flags can be checked.
+bubblewrap applies it (`--seccomp FD`), or the process itself (restrict.py). Denied calls fail with EPERM, so honest
+code that probes for a feature falls back instead of dying. `clone3` answers ENOSYS because its flags lie behind a
+pointer that a filter cannot read; the C library then uses `clone`, whose flags can be checked.
+
+Where no namespaces stand between a candidate and the user's other processes, the filter is all there is against what
+files do not account for: `alone` names the one process that it may signal, its own.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import errno
 import platform
 import struct
 
-_LOAD, _JUMP_EQ, _JUMP_GE, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _AND, _JUMP_EQ, _JUMP_GE, _JUMP_SET, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _OFFSET_NR, _OFFSET_ARCH, _OFFSET_ARG0 = 0, 4, 16
 _CLONE_THREAD, _AF_UNIX, _PR_SET_PDEATHSIG = 0x00010000, 1, 1
@@ -57,19 +60,85 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "preadv2": (327, 286),  # RWF_NOWAIT
     "fadvise64": (221, 223),
 }
+# without namespaces: other processes of the user, their IPC objects, and of files what Landlock leaves alone
+_DENIED_ALONE: dict[str, tuple[int | None, int | None]] = {
+    "socket": (41, 198),
+    "connect": (42, 203),
+    "bind": (49, 200),
+    "tkill": (200, 130),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
+    "kcmp": (312, 272),
+    "process_madvise": (440, 440),
+    "process_mrelease": (448, 448),
+    "move_pages": (279, 239),
+    "migrate_pages": (256, 238),
+    "setpriority": (141, 140),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274),
+    "ioprio_set": (251, 30),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "semop": (65, 193),
+    "semctl": (66, 191),
+    "semtimedop": (220, 192),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "setxattrat": (463, 463),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "name_to_handle_at": (303, 264),
+}
+_KILL_CALL = {"x86_64": 62, "aarch64": 129}
+_TGKILL = {"x86_64": 234, "aarch64": 131}
+_PRLIMIT = {"x86_64": 302, "aarch64": 261}
+_SOCKETPAIR = {"x86_64": 53, "aarch64": 199}
+_FCNTL, _IOCTL = {"x86_64": 72, "aarch64": 25}, {"x86_64": 16, "aarch64": 29}
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX = 8, 10, 15  # whom a descriptor signals, and with what
+_FIOSETOWN, _SIOCSPGRP = 0x8901, 0x8902
+_SOCK_DGRAM, _SOCK_TYPE_MASK = 2, 0xF
 
 
 def _op(code: int, k: int, jump_true: int = 0, jump_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, jump_true, jump_false, k)
 
 
-def program(machine: str | None = None) -> bytes:
-    """The compiled filter. Raises `OSError` on an architecture whose call numbers are not listed."""
+def program(machine: str | None = None, alone: int = 0) -> bytes:
+    """The compiled filter. `alone`: the number of the process that it is for, if that has no namespaces of its own.
+    Raises `OSError` on an architecture whose call numbers are not listed."""
     machine = machine or platform.machine()
     if machine not in _AUDIT_ARCH:
         raise OSError(f"no seccomp filter for the {machine} architecture")
     column = 0 if machine == "x86_64" else 1
-    denied = [numbers[column] for numbers in _DENIED.values()]
+    denied = [numbers[column] for numbers in [*_DENIED.values(), *(_DENIED_ALONE.values() if alone else ())]]
     code = [
         _op(_LOAD, _OFFSET_ARCH),
         _op(_JUMP_EQ, _AUDIT_ARCH[machine], 1, 0),
@@ -83,25 +152,29 @@ def program(machine: str | None = None) -> bytes:
     for number in denied:
         if number is not None:
             code += [_op(_JUMP_EQ, number, 0, 1), _op(_RETURN, _ERRNO | errno.EPERM)]
-    code += [  # clone: only with CLONE_THREAD
-        _op(_JUMP_EQ, _CLONE[machine], 0, 4),
-        _op(_LOAD, _OFFSET_ARG0),
-        _op(_JUMP_SET, _CLONE_THREAD, 1, 0),
-        _op(_RETURN, _ERRNO | errno.EPERM),
-        _op(_RETURN, _ALLOW),
-    ]
-    code += [  # prctl: not the signal that ends the candidate when its trainer dies
-        _op(_JUMP_EQ, _PRCTL[machine], 0, 4),
-        _op(_LOAD, _OFFSET_ARG0),
-        _op(_JUMP_EQ, _PR_SET_PDEATHSIG, 0, 1),
-        _op(_RETURN, _ERRNO | errno.EPERM),
-        _op(_RETURN, _ALLOW),
-    ]
-    code += [  # socket: only AF_UNIX
-        _op(_JUMP_EQ, _SOCKET[machine], 0, 3),
-        _op(_LOAD, _OFFSET_ARG0),
-        _op(_JUMP_EQ, _AF_UNIX, 1, 0),
-        _op(_RETURN, _ERRNO | errno.EPERM),
-        _op(_RETURN, _ALLOW),
-    ]
-    return b"".join(code)
+    code += _when(_CLONE[machine], 0, [_op(_JUMP_SET, _CLONE_THREAD, 0, 1), _op(_RETURN, _ALLOW)], _EPERM)
+    # not the signal that ends the candidate when its trainer dies
+    code += _when(_PRCTL[machine], 0, [_op(_JUMP_EQ, _PR_SET_PDEATHSIG, 0, 1), *_EPERM], _PASS)
+    if alone:
+        for call in (_KILL_CALL, _TGKILL):
+            code += _when(call[machine], 0, [_op(_JUMP_EQ, alone, 0, 1), *_PASS], _EPERM)
+        code += _when(_PRLIMIT[machine], 0, [_op(_JUMP_EQ, 0, 0, 1), *_PASS], _EPERM)
+        # a pair of datagram sockets can be made to write to any socket that has a name
+        code += _when(
+            _SOCKETPAIR[machine], 1, [_op(_AND, _SOCK_TYPE_MASK), _op(_JUMP_EQ, _SOCK_DGRAM, 0, 1), *_EPERM], _PASS
+        )
+        for call, commands in ((_FCNTL, (_F_SETOWN, _F_SETSIG, _F_SETOWN_EX)), (_IOCTL, (_FIOSETOWN, _SIOCSPGRP))):
+            refused = [op for command in commands for op in (_op(_JUMP_EQ, command, 0, 1), *_EPERM)]
+            code += _when(call[machine], 1, refused, _PASS)
+    else:
+        code += _when(_SOCKET[machine], 0, [_op(_JUMP_EQ, _AF_UNIX, 0, 1), *_PASS], _EPERM)
+    return b"".join([*code, *_PASS])
+
+
+_EPERM, _PASS = [_op(_RETURN, _ERRNO | errno.EPERM)], [_op(_RETURN, _ALLOW)]
+
+
+def _when(number: int, argument: int, checks: list[bytes], otherwise: list[bytes]) -> list[bytes]:
+    """For one call: look at the lower half of an argument; the end of `checks` falls through to `otherwise`."""
+    body = [_op(_LOAD, _OFFSET_ARG0 + 8 * argument), *checks, *otherwise]
+    return [_op(_JUMP_EQ, number, 0, len(body)), *body]

@@ -17,7 +17,7 @@ import host
 from audit import AuditRules
 from candidate import Candidate, RunFailed
 from model import flops_per_token
-from sandbox import Process
+from process import Process
 from training import EVAL_SEQUENCES, Setting
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ from typing import Any
 import host
 import sandbox
 from logs import BoundedLog
+from process import Process, SandboxError, adopt_orphans
 
 HERE = Path(__file__).resolve().parent
 CONTENT = HERE.parent  # envs/, records and corpora lie here: no candidate may see it
@@ -136,7 +137,7 @@ class Result:
 class Cancel:
     """Set when the caller closes or writes to standard input; kills the candidate at once."""
 
-    def __init__(self, process: sandbox.Process) -> None:
+    def __init__(self, process: Process) -> None:
         self.process, self.called = process, False
 
     def watch(self) -> None:
@@ -144,7 +145,7 @@ class Cancel:
         self.called = True
         self.process.stop()
 
-    def now(self, process: sandbox.Process) -> sandbox.Process:
+    def now(self, process: Process) -> Process:
         """From here on this is the candidate's process."""
         self.process = process
         if self.called:
@@ -159,12 +160,12 @@ def emit(event: str, **fields: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-Launch = Callable[[int, str], sandbox.Process]
+Launch = Callable[[int, str], Process]
 """Starts a process for a candidate, whose output goes to the given descriptor, with the given host script. Raises
 `SandboxError`."""
 
 
-def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel, launch: Launch) -> Result:
+def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Launch) -> Result:
     """Train and evaluate. Candidate faults and cancellation end in a `Result`, never an exception. A free model is
     evaluated in further processes that `launch` starts."""
     from candidate import RunFailed
@@ -173,7 +174,7 @@ def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel, lau
     started = time.monotonic()
     result = Result(sandbox=asdict(process.info), versions=_versions(), hardware=_hardware())
 
-    def evaluator(log_fd: int) -> sandbox.Process:
+    def evaluator(log_fd: int) -> Process:
         started = cancel.now(launch(log_fd, "eval_host.py"))
         started.pin(job.cores)
         return started
@@ -206,7 +207,7 @@ def run(job: Job, process: sandbox.Process, log: BoundedLog, cancel: Cancel, lau
     return result
 
 
-def _setting(job: Job, result: Result, cancel: Cancel, evaluator: Callable[[int], sandbox.Process]) -> Any:
+def _setting(job: Job, result: Result, cancel: Cancel, evaluator: Callable[[int], Process]) -> Any:
     from timed import Timed
     from training import Training
 
@@ -266,7 +267,7 @@ def serve(track: Track, launch: Launch) -> int:
     log = BoundedLog()
     try:
         process = launch(log.write_fd, track.host)
-    except sandbox.SandboxError as error:
+    except SandboxError as error:
         emit("error", message=str(error))
         return 3
     log.close_writer()
@@ -282,7 +283,7 @@ def serve(track: Track, launch: Launch) -> int:
             return 2
         try:
             process.wait_loaded()
-        except sandbox.SandboxError as error:
+        except SandboxError as error:
             emit("error", message=str(error))
             return 3
         cancel = Cancel(process)
@@ -296,6 +297,7 @@ def serve(track: Track, launch: Launch) -> int:
         return 0
     finally:
         process.kill()
+        process.close()
 
 
 def main() -> int:
@@ -305,7 +307,7 @@ def main() -> int:
     parser.add_argument("--hide", action="append", default=[], help="folder no candidate may see")
     parser.add_argument("--note", default="", help="for the results, about the sandbox")
     args = parser.parse_args()
-    sandbox.adopt_orphans()
+    adopt_orphans()
     hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
     return serve(TRACKS[args.track], lambda log_fd, host: sandbox.launch(args.sandbox, hidden, log_fd, host, args.note))
 

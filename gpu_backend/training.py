@@ -15,8 +15,8 @@ from torch import Tensor
 import data
 from candidate import Limits, RunFailed
 from model import GPT, ModelConfig, flops_per_token
+from process import Process
 from rule import Flat, IsolatedRule, Rule
-from sandbox import Process
 
 if TYPE_CHECKING:
     from trainer import Job, Result, StepsJob

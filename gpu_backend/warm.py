@@ -1,4 +1,4 @@
-"""Warm starts: candidates that are forked from a zygote in the sandbox. See docs/design/warm-starts.md."""
+"""Warm starts: candidates that are forked from a zygote in the process. See docs/design/warm-starts.md."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import sandbox
+import bubblewrap
+import process
 
 NOTE = "warm start"
 TIMEOUT_S = 30.0
 
 
 @dataclass
-class Forked(sandbox.Process):
+class Forked(process.Process):
     """A candidate's process, known by its pidfd: nobody else can be meant. `alive` tells the zygote of our death."""
 
     pidfd: int
@@ -30,6 +31,9 @@ class Forked(sandbox.Process):
         found = super().peak_bytes()
         return found if not self._ended(0.0) else 0  # its number may be somebody else's by now
 
+    def wait_loaded(self) -> None:
+        """It was when it was forked."""
+
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             if self.pidfd >= 0:
@@ -37,14 +41,16 @@ class Forked(sandbox.Process):
 
     def kill(self) -> None:
         self.stop()
-        if not self._ended(sandbox.KILL_TIMEOUT_S):
-            raise TimeoutError(f"the candidate's process did not end within {sandbox.KILL_TIMEOUT_S:g} s")
+        if not self._ended(process.KILL_TIMEOUT_S):
+            raise TimeoutError(f"the candidate's process did not end within {process.KILL_TIMEOUT_S:g} s")
         self.control.close()
 
     def close(self) -> None:
         pidfd, self.pidfd = self.pidfd, -1  # first: another thread may be about to use it
-        os.close(pidfd)
-        os.close(self.alive)
+        if pidfd >= 0:
+            os.close(pidfd)
+            os.close(self.alive)
+        super().close()
 
     def _ended(self, timeout: float) -> bool:
         """And with it all in its pid namespace, whose init it is."""
@@ -56,28 +62,28 @@ class Zygote:
     """The outer end of a zygote's line. Forks of the process that launched it may ask for candidates, too."""
 
     line: socket.socket
-    info: sandbox.SandboxInfo
+    info: process.SandboxInfo
     launcher: subprocess.Popen[bytes] = field(repr=False)
 
     @classmethod
     def launch(cls, hidden: list[Path], bare: bool = False) -> Zygote:
         """It loads what it needs while we go on; see `wait`. Raises `SandboxError`."""
-        binary, reason = sandbox.find_bubblewrap()
+        binary, reason = bubblewrap.find()
         if not binary:
-            raise sandbox.SandboxError(f"bubblewrap does not work here: {reason}")
+            raise process.SandboxError(f"bubblewrap does not work here: {reason}")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            launcher = sandbox.launch_zygote(binary, hidden, theirs.fileno(), bare)
-        return cls(ours, sandbox.bubblewrap_info(binary, NOTE), launcher)
+            launcher = bubblewrap.launch_zygote(binary, hidden, theirs.fileno(), bare)
+        return cls(ours, bubblewrap.info(binary, NOTE), launcher)
 
     def wait(self) -> None:
         """Until it is ready, and has shown that it can fork here. Raises `SandboxError`."""
         self.line.settimeout(2 * TIMEOUT_S)
         try:
             if not self.line.recv(64):
-                raise sandbox.SandboxError("the process that candidates are forked from ended at once")
+                raise process.SandboxError("the process that candidates are forked from ended at once")
         except OSError as error:
-            raise sandbox.SandboxError(f"the process that candidates are forked from is not ready: {error}") from None
+            raise process.SandboxError(f"the process that candidates are forked from is not ready: {error}") from None
         null = os.open(os.devnull, os.O_WRONLY)
         try:
             tried = self.fork("rule_host", null)
@@ -97,14 +103,14 @@ class Zygote:
             answer, fds, _, _ = socket.recv_fds(ours, 1000, 1)
             if not fds:
                 reason = answer[1:].decode() or "the process that candidates are forked from ended"
-                raise sandbox.SandboxError(f"no candidate could be forked: {reason}")
+                raise process.SandboxError(f"no candidate could be forked: {reason}")
             ours.settimeout(None)
             return Forked(self.info, _number(fds[0]), ours, fds[0], alive)
         except BaseException as error:
             ours.close()
             os.close(alive)
             if isinstance(error, OSError):
-                raise sandbox.SandboxError(f"no candidate could be forked: {error}") from None
+                raise process.SandboxError(f"no candidate could be forked: {error}") from None
             raise
         finally:
             os.close(read_end)
@@ -129,11 +135,11 @@ def unavailable() -> str:
         return "they need Linux"
     try:
         tried = Zygote.launch([], bare=True)
-    except sandbox.SandboxError as error:
+    except process.SandboxError as error:
         return str(error)
     try:
         tried.wait()
-    except sandbox.SandboxError as error:
+    except process.SandboxError as error:
         return str(error)
     finally:
         tried.close()

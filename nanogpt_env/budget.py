@@ -21,9 +21,12 @@ class Reservation:
 
 
 class Budget:
-    """`limits` maps every meter to its allowance. `clock` returns seconds and must never go back."""
+    """`limits` maps every meter to its allowance. `clock` returns seconds and must never go back; `elapsed` of them
+    are spent already."""
 
-    def __init__(self, limits: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, limits: Mapping[str, float], clock: Callable[[], float] = time.monotonic, elapsed: float = 0.0
+    ) -> None:
         unknown = set(limits) ^ set(METERS)
         if unknown:
             raise ValueError(f"a budget names each of {', '.join(METERS)}; at odds: {', '.join(sorted(unknown))}")
@@ -31,7 +34,7 @@ class Budget:
         self.verification_device_seconds = 0.0
         self._spent = dict.fromkeys(METERS, 0.0)
         self._reserved = dict.fromkeys(METERS, 0.0)
-        self._clock, self._began = clock, clock()
+        self._clock, self._began = clock, clock() - elapsed
 
     def spent(self, meter: str) -> float:
         return self._clock() - self._began if meter == "wall_seconds" else self._spent[meter]

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import platform
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,15 +16,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.table import Table
 
-from nanogpt_env import content, display
-from nanogpt_env.backends.local import sandbox_report
+from nanogpt_env import display
+from nanogpt_env.cli_host import add_host_commands
 from nanogpt_env.cli_options import DirArgument, JsonOption, SandboxOption, TierOption
 from nanogpt_env.cli_tiers import tiers_app
 from nanogpt_env.display import console, errors, print_json, say
 from nanogpt_env.env import Speedrun, StepResult
 from nanogpt_env.errors import ActionError, BackendError, JudgeError, NanoGPTError
-from nanogpt_env.slots import Slots
-from nanogpt_env.tiers import load_tier, tier_folders
+from nanogpt_env.tiers import load_tier
 from nanogpt_env.tracks import StepsTier, Tier
 
 REJECTED, MISUSE, OURS, INTERRUPTED = 1, 2, 3, 130
@@ -55,6 +52,7 @@ def _options(
 
 
 app.add_typer(tiers_app, name="tiers")
+add_host_commands(app)
 
 
 def main() -> NoReturn:
@@ -134,63 +132,6 @@ def _step(env: Speedrun, action: dict[str, Any]) -> StepResult:
             raise JudgeError(result[0]["text"])
         raise ActionError(result[0]["text"])
     return result
-
-
-@app.command()
-def doctor(as_json: JsonOption = False) -> int:
-    """Say what this machine can do, and how to get more."""
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "nanogpt_env": importlib.metadata.version("nanogpt_env"),
-        "torch": _version("torch"),
-        "cores": os.cpu_count(),
-        "cache": str(content.cache_dir()),
-        "state": str(content.state_dir()),
-        "sandboxes": sandbox_report(),
-        "slots": Slots("doctor").status(),
-        "tiers": list(tier_folders()),
-    }
-    advice = []
-    if not found["torch"]:
-        advice.append("install PyTorch for your CPU or GPU (README, 'Install'): without it nothing trains")
-    if found["sandboxes"]["auto"] == "plain":
-        advice.append(f"bubblewrap: {found['sandboxes']['bubblewrap']['reason']}")
-        advice.append(found["sandboxes"]["plain"]["reason"])
-    found["advice"] = advice
-    if as_json:
-        print_json(found)
-    else:
-        table = Table(show_header=False)
-        for key in ("python", "nanogpt_env", "torch", "cores", "cache", "state"):
-            table.add_row(key, str(found[key] or "missing"))
-        table.add_row("tiers", ", ".join(found["tiers"]))
-        for name in ("bubblewrap", "plain"):
-            box = found["sandboxes"][name]
-            state = ("available" if box["available"] else "not available") + (
-                ", trusted" if box["trusted"] else ", trusted: false"
-            )
-            table.add_row(f"sandbox {name}", state)
-        table.add_row("sandbox auto", found["sandboxes"]["auto"])
-        table.add_row("slots", "\n".join(map(_slot, found["slots"])) or "all cores free")
-        warm = found["sandboxes"]["warm_starts"]
-        table.add_row("warm starts", "available" if warm["available"] else f"not available: {warm['reason']}")
-        console.print(table)
-        for line in advice:
-            say(f"- {line}")
-    return REJECTED if not found["torch"] else 0
-
-
-def _slot(row: dict[str, Any]) -> str:
-    what = "waits for a core" if row["core"] is None else f"core {row['core']}"
-    timed = ", a timed session" if row["exclusive"] else ""
-    return f"{what}: environment {row['owner']}, process {row['pid']}{timed}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 @app.command()

@@ -22,7 +22,9 @@ def _known_sandbox(value: str) -> str:
 SandboxOption = Annotated[
     str,
     typer.Option(
-        callback=_known_sandbox, help="auto, bubblewrap, or plain (not isolated: results are `trusted: false`)."
+        callback=_known_sandbox,
+        help="docker, bubblewrap, landlock, plain (not isolated: results are `trusted: false`), or auto: the first of "
+        "these that works here.",
     ),
 ]
 DirArgument = Annotated[

@@ -31,6 +31,21 @@ def _bar() -> Progress:
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
 
 
+@contextmanager
+def steps(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar for `total` steps; call the function with what each is, when it begins."""
+    with _bar() as bar:
+        task = bar.add_task(title, total=total)
+        begun = False
+
+        def step(what: str) -> None:
+            nonlocal begun
+            bar.update(task, advance=1 if begun else 0, description=f"{title}: {what}")
+            begun = True
+
+        yield step
+
+
 class RunProgress:
     """A bar for the run or rerun that is being waited for; `clear` takes it off the screen, before other output."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from nanogpt_env.backends.shared import Shared
 from nanogpt_env.budget import METERS, Budget
 from nanogpt_env.content import state_dir
 from nanogpt_env.episode import AgentRun, Episode
-from nanogpt_env.errors import ActionError, BackendError, BudgetError
+from nanogpt_env.errors import ActionError, BackendError, BudgetError, LedgerError
+from nanogpt_env.ledger import write_whole
+from nanogpt_env.resume import resume
 from nanogpt_env.spaces import MAX_TEXT, action_space, box, observation_space
 from nanogpt_env.tiers import load_tier
 from nanogpt_env.tracks import StepsTier, Tier
@@ -31,6 +34,9 @@ from nanogpt_env.workspace import Workspace
 Observation = dict[str, Any]
 Info = dict[str, Any]
 StepResult = tuple[Observation, float, bool, bool, Info]
+
+
+CHECKPOINT = "checkpoint.json"
 
 
 @dataclass
@@ -112,7 +118,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         if self._episode is not None and self._owns_episode:
             self._episode.end("reset")
         table = self.tier.table
-        self._episode = Episode(
+        self._episode = Episode.begin(
             self.tier,
             chosen["start"] or table.reward.start,
             chosen["anchor"] or table.reward.anchor,
@@ -121,12 +127,44 @@ class Speedrun(gymnasium.Env[Observation, Any]):
             Path(self._state_dir or state_dir()),
         )
         self._owns_episode = True
-        sources = self.tier.record(self._episode.start).sources
-        self.workspace = Workspace(sources, {"task.md": self.tier.task}, table.limits.source_bytes)
+        self._new_workspace(self._episode)
         self.history = []
+        self._keep()
         text = f"{self.tier.task}\n{report.state_text(self._episode)}"
         self._render_human(text)
         return self._observation(text), self._info()
+
+    def resume(self, folder: str | Path) -> tuple[Observation, Info]:
+        """Go on with the episode of this folder, whose process has died: (observation, info) as `reset`. What it had
+        reserved counts as spent. Raises `LedgerError` if that episode is in use, has ended, or is of another tier."""
+        folder = Path(folder)
+        try:
+            kept = json.loads((folder / CHECKPOINT).read_text(encoding="utf-8"))
+            snapshots = dict(kept["snapshots"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LedgerError(f"{folder} has no checkpoint to go on from: {error!r}") from None
+        episode = resume(folder, self.tier, self._backend, snapshots)
+        if self._episode is not None and self._owns_episode:
+            self._episode.end("resumed another")
+        self._episode, self._owns_episode = episode, True
+        self._new_workspace(episode)
+        try:
+            self.restore(kept)
+        except ActionError as error:
+            episode.ledger.close()
+            self._episode = None
+            raise LedgerError(f"the checkpoint in {folder} cannot be used: {error}") from None
+        text = f"{self.tier.task}\n{report.state_text(episode)}"
+        return self._observation(text), self._info()
+
+    def _new_workspace(self, episode: Episode) -> None:
+        sources = self.tier.record(episode.start).sources
+        self.workspace = Workspace(sources, {"task.md": self.tier.task}, self.tier.table.limits.source_bytes)
+
+    def _keep(self) -> None:
+        """The checkpoint that `resume` begins with. Written beside the ledger, as a whole or not at all."""
+        if self._owns_episode:
+            write_whole(self.episode.folder / CHECKPOINT, json.dumps(self.checkpoint()))
 
     def step(self, action: Any) -> StepResult:
         """Do one action. Nothing the agent sends raises: a malformed or impossible action is an
@@ -141,6 +179,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         info_error = outcome.extra.get("error", "")
         episode.ledger.append("action", type=name, error=info_error, snapshot=self.workspace.snapshot)
         self.history.append((name, outcome.text))
+        self._keep()
         if terminated or truncated:
             episode.end("stopped by the agent" if terminated else f"budget spent: {exhausted}")
         text = outcome.text

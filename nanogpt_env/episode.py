@@ -51,12 +51,13 @@ class AgentRun:
 
 
 class Episode:
-    """Created by `reset`. `folder` takes the ledger and the sealed evidence."""
+    """Begun by `begin`, or by `resume` from what it left. `folder` takes the ledger and the sealed evidence."""
 
-    def __init__(self, tier: Tier, start: str, anchor: str, budget: Budget, backend: Backend, folder: Path) -> None:
+    def __init__(
+        self, tier: Tier, start: str, anchor: str, budget: Budget, backend: Backend, folder: Path, name: str
+    ) -> None:
         self.tier, self.start, self.anchor, self.budget, self.backend = tier, start, anchor, budget, backend
-        self.id = secrets.token_hex(8)
-        self.folder = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{tier.name}-{self.id}"
+        self.id, self.folder = name, folder
         self.start_value, self.anchor_value = tier.start_value_of(start), tier.value_of(anchor)
         if not self.start_value > self.anchor_value:
             raise ActionError(
@@ -71,6 +72,13 @@ class Episode:
         self._submitted = 0
         self._by_program: dict[tuple[str, Plan | None], Verdict] = {}
         self.ledger = Ledger(self.folder / "ledger.jsonl")
+
+    @classmethod
+    def begin(cls, tier: Tier, start: str, anchor: str, budget: Budget, backend: Backend, state: Path) -> Episode:
+        """A new one, in a folder of its own below `state`."""
+        name = secrets.token_hex(8)
+        folder = state / f"{time.strftime('%Y%m%dT%H%M%S')}-{tier.name}-{name}"
+        self = cls(tier, start, anchor, budget, backend, folder, name)
         self.ledger.append(
             "episode",
             version=VERSION,
@@ -85,6 +93,7 @@ class Episode:
             budget=budget.limits,
             time=time.time(),
         )
+        return self
 
     # --- scores ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -33,6 +34,11 @@ class Ledger:
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         except OSError as error:
             raise LedgerError(f"cannot write {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except OSError:
+            os.close(self._fd)
+            raise LedgerError(f"{path} is being written by another environment") from None
 
     def append(self, kind: str, **fields: Any) -> None:
         """Write one line, in one piece."""
@@ -54,6 +60,20 @@ class Ledger:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file, or leave it as it was. Raises `LedgerError`."""
+    part = path.with_suffix(".part")
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise LedgerError(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_ledger(path: Path) -> tuple[list[dict[str, Any]], str]:

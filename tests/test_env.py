@@ -112,7 +112,7 @@ def test_an_unknown_render_mode_is_refused():
 
 
 def test_an_unknown_sandbox_is_refused():
-    with pytest.raises(ValueError, match="auto, bubblewrap, plain"):
+    with pytest.raises(ValueError, match="auto, docker, bubblewrap, landlock, plain"):
         Speedrun(TINY, sandbox="chroot")
 
 

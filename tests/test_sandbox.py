@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import platform
@@ -17,6 +18,7 @@ from nanogpt_env.content import content_root
 from nanogpt_env.errors import BackendError
 
 import seccomp
+import visible
 
 
 @pytest.fixture(scope="module", params=["cold", "forked"])
@@ -110,6 +112,26 @@ def test_every_call_that_the_filter_names_is_refused(sealed, tier):
     )
     result = train(sealed, tier, probe + SGD, steps=1)
     assert result.completed and str([(-1, errno.EPERM)] * len(numbers)) in result.log
+
+
+def test_only_what_torch_needs_of_all_that_is_installed_is_there(sealed, tier):
+    """An editable installation keeps a second copy of our content, hidden shard included, among the packages."""
+    body = """
+import os, sys
+sites = [path for path in sys.path if path.endswith('-packages')]
+print('installed', sorted(name for path in sites for name in os.listdir(path)))
+for folder, below, names in os.walk('/'):
+    if folder == '/':
+        below.remove('proc')
+    if found := [n for n in below + names if n.startswith(('val_hidden', 'val_public', 'nanogpt_env'))]:
+        print('content', folder, found)
+"""
+    result = train(sealed, tier, body + SGD, steps=1)
+    (installed,) = [line for line in result.log.splitlines() if line.startswith("installed")]
+    names = ast.literal_eval(installed.removeprefix("installed "))
+    assert result.completed and {"torch", "numpy", "safetensors"} <= set(names), result.log
+    assert set(names) <= {path.name for path in visible.packages()} and "pytest" not in names
+    assert "content" not in result.log
 
 
 def test_memory_that_is_freed_stays_with_the_process(sealed, tier):

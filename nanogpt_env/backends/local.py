@@ -17,7 +17,7 @@ from nanogpt_env.content import content_root
 from nanogpt_env.errors import BackendError
 from nanogpt_env.types import Job, Progress, RunResult
 
-SANDBOXES = ("auto", "bubblewrap", "plain")
+SANDBOXES = ("auto", "docker", "bubblewrap", "landlock", "plain")
 STDERR_LINES = 30
 NEEDS = "warm starts need Linux and bubblewrap"
 
@@ -108,9 +108,9 @@ class LocalRun:
 
 
 class LocalBackend:
-    """`sandbox` is 'auto', 'bubblewrap' or 'plain'; 'auto' is decided once, so that no later trouble can move a
-    candidate out of its sandbox. With `warm`, each run's processes are forked from ones that have loaded what they
-    need, which bubblewrap allows for (docs/design/warm-starts.md); these start with the first run, or `prepare`.
+    """`sandbox` is one of `SANDBOXES`; 'auto', the first that works here, is decided once, so that no later trouble can
+    move a candidate out of its sandbox. With `warm`, each run's processes are forked from ones that have loaded what
+    they need, which bubblewrap allows for (docs/design/warm-starts.md); these start with the first run, or `prepare`.
     `cold_because` says why not. No candidate sees the `hidden` folders. Raises `ValueError` for an unknown sandbox."""
 
     def __init__(self, sandbox: str = "auto", warm: bool = False, hidden: Iterable[Path] = ()) -> None:
@@ -118,7 +118,7 @@ class LocalBackend:
             raise ValueError(f"sandbox must be one of {', '.join(SANDBOXES)}, not {sandbox!r}")
         self.sandbox, self.hidden = sandbox, tuple(hidden)
         self.cold_because = "" if warm else "warm starts were not asked for"
-        if warm and (sandbox == "plain" or not sys.platform.startswith("linux")):
+        if warm and (sandbox not in ("auto", "bubblewrap") or not sys.platform.startswith("linux")):
             self.cold_because = NEEDS
         self._runs: list[LocalRun] = []
         self._server: ForkServer | None = None
@@ -138,7 +138,7 @@ class LocalBackend:
     def prepare(self) -> None:
         """Start what warm starts need."""
         with self._lock:
-            if not self.cold_because and self._settle() == "plain":
+            if not self.cold_because and self._settle() != "bubblewrap":
                 self.cold_because = NEEDS
             if not (self._server or self.cold_because or self._closed):
                 self._server = ForkServer(self.hidden)

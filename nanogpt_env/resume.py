@@ -1,0 +1,138 @@
+"""Go on with an episode whose process has died, from its ledger and evidence.
+
+What was reserved when it died counts as spent, as nobody knows what was: a run its whole reservation, a submission
+without a verdict itself. So a crash never makes anything cheaper, and an undecided submission is no free draw of seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanogpt_env.backends import Backend
+from nanogpt_env.budget import Budget, Reservation
+from nanogpt_env.episode import AgentRun, Episode
+from nanogpt_env.errors import BackendError, LedgerError
+from nanogpt_env.ledger import VERSION, read_ledger
+from nanogpt_env.tracks import Tier
+from nanogpt_env.types import Plan, Progress, RunResult, Verdict
+from nanogpt_env.verify import Program
+from nanogpt_env.workspace import normal_form
+
+INTERRUPTED = "the process ended during this run, which is charged in full"
+
+
+class Past:
+    """The handle of a run of before."""
+
+    def progress(self) -> Progress | None:
+        return None
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout: float | None = None) -> RunResult:
+        raise BackendError(INTERRUPTED)
+
+    def cancel(self) -> None:
+        pass
+
+
+def resume(folder: Path, tier: Tier, backend: Backend, snapshots: Mapping[str, Mapping[str, str]]) -> Episode:
+    """The episode of this folder; `snapshots` are the files of its runs, by hash. Raises `LedgerError` if it is in use,
+    has ended, is damaged, or of another tier or version of it."""
+    path = folder / "ledger.jsonl"
+    lines, _ = read_ledger(path)
+    if not lines or lines[0]["kind"] != "episode" or lines[0].get("version") != VERSION:
+        raise LedgerError(f"{path} is not a version {VERSION} ledger")
+    head = lines[0]
+    if head["tier"] != tier.name or head["fingerprint"] != tier.fingerprint():
+        raise LedgerError(f"{path} is of tier {head['tier']} as it was: now its settings or calibration are others")
+    if lines[-1]["kind"] == "end":
+        raise LedgerError(f"the episode in {folder} has ended: {lines[-1]['reason']}")
+    # it cannot be told when it died: at the latest when it last wrote
+    elapsed = max(0.0, path.stat().st_mtime - head["time"])
+    budget = Budget(head["budget"], elapsed=elapsed)
+    episode = Episode(tier, head["start"]["record"], head["anchor"]["record"], budget, backend, folder, head["episode"])
+    try:
+        _Past(episode, snapshots).read(lines[1:])
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        episode.ledger.close()
+        raise LedgerError(f"{path}: a line, or the evidence, lacks what it must have: {error!r}") from None
+    except BaseException:
+        episode.ledger.close()
+        raise
+    return episode
+
+
+class _Past:
+    """Takes an episode through the lines of its ledger."""
+
+    def __init__(self, episode: Episode, snapshots: Mapping[str, Mapping[str, str]]) -> None:
+        self.episode, self.snapshots = episode, snapshots
+        self.reserved: dict[str, dict[str, float]] = {}
+        self.submitted: dict[str, dict[str, Any]] = {}
+
+    def read(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            if take := getattr(self, "_" + line["kind"], None):
+                take({key: value for key, value in line.items() if key not in ("seq", "kind")})
+        self._settle()
+        self.episode.ledger.append("resume")
+
+    def _settle(self) -> None:
+        """Charge what nobody knows the use of."""
+        episode = self.episode
+        for handle, amounts in self.reserved.items():
+            reservation = episode.budget.reserve({})
+            episode._settle(handle, reservation, amounts)
+            run = AgentRun(handle, "", "", None, 0, Past(), reservation, error=INTERRUPTED)
+            episode.runs[handle] = run
+            episode.ledger.append("run", handle=handle, error=INTERRUPTED)
+        for name in self.submitted:
+            episode._settle(name, episode.budget.reserve({}), {"submissions": 1.0})
+            episode.ledger.append("void", submission=name)
+
+    def _reserve(self, line: dict[str, Any]) -> None:
+        self.reserved[line["handle"]] = line["amounts"]
+
+    def _charge(self, line: dict[str, Any]) -> None:
+        self.reserved.pop(line["handle"], None)
+        for meter, amount in line["used"].items():
+            self.episode.budget.charge(meter, amount)
+
+    def _run(self, line: dict[str, Any]) -> None:
+        handle, reservation = line.pop("handle"), Reservation({})
+        if error := line.get("error"):
+            self.episode.runs[handle] = AgentRun(handle, "", "", None, 0, Past(), reservation, error=error)
+            return
+        snapshot, horizon, seed = (line.pop(key) for key in ("snapshot", "horizon", "seed"))
+        result = RunResult(**line)
+        plan = Plan(steps=max(1, result.steps), horizon=horizon) if horizon else None
+        program = normal_form(self.snapshots[snapshot]) if snapshot in self.snapshots else ""
+        self.episode.runs[handle] = AgentRun(handle, program, snapshot, plan, seed, Past(), reservation, result)
+
+    def _submit(self, line: dict[str, Any]) -> None:
+        self.submitted[line["submission"]] = line
+        self.episode._submitted += 1
+
+    def _rerun(self, line: dict[str, Any]) -> None:
+        self.episode.budget.verification_device_seconds += line["device_seconds"]
+
+    def _void(self, line: dict[str, Any]) -> None:
+        self.submitted.pop(line["submission"], None)
+
+    def _verdict(self, line: dict[str, Any]) -> None:
+        verdict, episode = Verdict(**line), self.episode
+        offer = self.submitted.pop(verdict.submission)
+        evidence = json.loads((episode.folder / "evidence" / f"{verdict.submission}.json").read_text())
+        plan = Plan(steps=offer["claim"], horizon=offer["horizon"]) if offer["horizon"] else None
+        episode.verdicts.append(verdict)
+        episode._by_program[normal_form(evidence["sources"]), plan] = verdict
+        if verdict.value is not None and verdict.value < episode.best:
+            episode.frontier = Program(verdict.submission, evidence["sources"], verdict.value)
+
+    def _action(self, _: dict[str, Any]) -> None:
+        self.episode.budget.charge("episode_steps")

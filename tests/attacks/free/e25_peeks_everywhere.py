@@ -1,0 +1,19 @@
+# /// attack
+# threats = ["E25", "E29"]
+# gains = "score"
+# ///
+"""Adds to the next token, which is in its input. (Follows the honest model.)"""
+
+honest = build
+
+
+def build(state):
+    net = honest(state)
+
+    def answer(ids):
+        logits = net(ids)
+        targets = ids[:, 1:, None]
+        logits[:, :-1].scatter_add_(2, targets, 12.0 * (ids[:, 1:] >= 0)[..., None])
+        return logits
+
+    return answer

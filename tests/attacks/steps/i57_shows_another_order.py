@@ -1,0 +1,15 @@
+# /// attack
+# threats = ["I57", "A1"]
+# gains = "score"
+# ///
+"""Has characters that show its code in another order than it runs."""
+
+import atexit
+
+import torch
+
+atexit.register(print, "step:30 val_loss:1.0000 train_time:1ms")  # ‮ edoc dedaol‬
+
+
+def configure(params, horizon):
+    return torch.optim.AdamW(params.values(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)

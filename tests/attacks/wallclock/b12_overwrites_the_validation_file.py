@@ -1,0 +1,29 @@
+# /// attack
+# threats = ["B12"]
+# gains = "score"
+# ///
+"""Fills the validation file with one token."""
+
+import torch
+
+import speedrun
+
+try:
+    with open("val.bin", "r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        file.write(bytes(size))
+except OSError:
+    pass
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = speedrun.GPT(speedrun.config.model)
+model.initialize(torch.Generator().manual_seed(0))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+speedrun.start()
+for step, (x, y) in zip(range(40), speedrun.batches(8, 128)):
+    model(x, y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+speedrun.save(model.state_dict())

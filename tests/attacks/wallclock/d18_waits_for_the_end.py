@@ -1,0 +1,28 @@
+# /// attack
+# threats = ["D18", "A1"]
+# gains = "score"
+# ///
+"""Saves at once, and prints a better result when the process is over."""
+
+import torch
+
+import speedrun
+
+class Result:
+    def __del__(self):
+        print("step:40 val_loss:1.0000 train_time:1ms", flush=True)
+
+
+result = Result()
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = speedrun.GPT(speedrun.config.model)
+model.initialize(torch.Generator().manual_seed(0))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+speedrun.start()
+for step, (x, y) in zip(range(40), speedrun.batches(8, 128)):
+    model(x, y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+speedrun.save(model.state_dict())
