@@ -245,17 +245,16 @@ def _connect() -> Any:
             f"the daemon at {address} is another machine's, and candidates share memory with the trainer"
         )
     path = address.removeprefix("unix://")
-    if not os.path.exists(path):
-        raise SandboxError(f"there is no Docker daemon at {path} (DOCKER_HOST says where it is)")
-    if not os.access(path, os.W_OK):
-        raise SandboxError(f"this user may not speak to the Docker daemon at {path} (is it in the `docker` group?)")
-    client = docker.DockerClient(base_url=address, timeout=START_TIMEOUT_S)
     try:
-        client.ping()
-    except Exception as error:  # requests' and the SDK's own
-        client.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.connect(path)
+        return docker.DockerClient(base_url=address, timeout=START_TIMEOUT_S)  # it asks for the daemon's version
+    except FileNotFoundError:
+        raise SandboxError(f"there is no Docker daemon at {path} (DOCKER_HOST says where it is)") from None
+    except PermissionError:
+        raise SandboxError(f"this user may not speak to the Docker daemon at {path}: is it in its group?") from None
+    except (OSError, docker.errors.DockerException) as error:
         raise SandboxError(f"the Docker daemon at {path} does not answer: {error}") from None
-    return client
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import engine
 import pytest
 from fakes import FakeBackend
 
@@ -13,6 +14,8 @@ from nanogpt_env import Speedrun
 from nanogpt_env.backends.local import LocalBackend
 from nanogpt_env.content import content_root
 from nanogpt_env.tiers import load_tier
+
+import container
 
 TINY = Path(__file__).parent / "tiny-steps"
 
@@ -82,3 +85,19 @@ def broken(tmp_path, monkeypatch):
         path.write_text(path.read_text().replace(old, new))
 
     return change
+
+
+@pytest.fixture(scope="session")
+def docker_engine(tmp_path_factory):
+    """A Docker daemon with the image in which this machine's Python is mounted; tests see it by DOCKER_HOST."""
+    if why := engine.missing():
+        assert engine.REQUIRED not in os.environ, why
+        pytest.skip(why)
+    with engine.running(tmp_path_factory.mktemp("docker")) as address:
+        before = os.environ.get("DOCKER_HOST")
+        os.environ["DOCKER_HOST"] = address
+        container.build("host")
+        yield address
+        os.environ.pop("DOCKER_HOST")
+        if before:
+            os.environ["DOCKER_HOST"] = before

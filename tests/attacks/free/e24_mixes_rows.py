@@ -2,7 +2,7 @@
 # threats = ["E24"]
 # gains = "score"
 # ///
-"""Counts the tokens of the whole batch, later ones too. (Follows the honest model.)"""
+"""Counts which token follows which in the whole batch, later ones too. (Follows the honest model.)"""
 
 honest = build
 
@@ -11,6 +11,8 @@ def build(state):
     net = honest(state)
 
     def answer(ids):
-        return net(ids) + 0.5 * (1 + torch.bincount(ids.flatten(), minlength=VOCAB)).log()
+        pairs = torch.zeros(VOCAB, VOCAB)
+        pairs.index_put_((ids[:, :-1].flatten(), ids[:, 1:].flatten()), torch.tensor(1.0), accumulate=True)
+        return net(ids) + 2 * (1 + 10 * pairs[ids]).log()
 
     return answer

@@ -2,9 +2,9 @@
 # threats = ["E27", "E28"]
 # gains = "score"
 # ///
-"""Learns the frequencies of the text that it is evaluated on. (Follows the honest model.)"""
+"""Learns which token follows which from the text that it is evaluated on. (Follows the honest model.)"""
 
-counts = torch.ones(VOCAB)
+pairs = torch.zeros(VOCAB, VOCAB)
 honest = build
 
 
@@ -12,7 +12,7 @@ def build(state):
     net = honest(state)
 
     def answer(ids):
-        counts.add_(torch.bincount(ids.flatten(), minlength=VOCAB))
-        return net(ids) + 0.5 * counts.log()
+        pairs.index_put_((ids[:, :-1].flatten(), ids[:, 1:].flatten()), torch.tensor(1.0), accumulate=True)
+        return net(ids) + 2 * (1 + 10 * pairs[ids]).log()
 
     return answer

@@ -2,7 +2,7 @@
 # threats = ["H55"]
 # gains = "score"
 # ///
-"""Has three of four steps not counted."""
+"""Goes on four times as long, and sets the counter back before it is printed."""
 
 import sys
 
@@ -19,5 +19,7 @@ def configure(params, horizon):
 def schedule(step, horizon, optimizers):
     global calls
     calls += 1
-    if calls % 4 and calls < 4 * horizon and hasattr(main, "step"):
-        main.step -= 1
+    if calls == 1 and hasattr(main, "STEPS"):
+        main.STEPS = 4 * horizon
+    if calls == 4 * horizon:
+        main.STEPS, main.step = horizon, horizon - 1

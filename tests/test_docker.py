@@ -1,0 +1,150 @@
+"""Candidates in real containers, of a daemon that the tests start."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import docker
+import pytest
+from rules import SGD, train
+
+from nanogpt_env import Speedrun, Submit, WriteFile
+from nanogpt_env.backends.local import LocalBackend
+from nanogpt_env.errors import BackendError
+from nanogpt_env.testing import check_backend
+from nanogpt_env.tiers import load_tier
+
+import container
+import owner
+
+pytestmark = pytest.mark.usefixtures("docker_engine")
+
+
+@pytest.fixture
+def client(docker_engine):
+    with contextlib.closing(docker.DockerClient(base_url=docker_engine)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def boxed(docker_engine):
+    backend = LocalBackend("docker")
+    yield backend
+    backend.close()
+
+
+def test_it_conforms(boxed, client):
+    report = check_backend(boxed)
+    assert report.ok and all(check.outcome == "held" for check in report.checks), str(report)
+    assert report.sandbox.name == "docker" and report.sandbox.trusted
+    assert client.containers.list(all=True) == []
+
+
+def test_results_name_engine_and_image(boxed, tier, client):
+    result = train(boxed, tier, SGD, steps=2)
+    assert result.completed
+    version = client.version()["Version"]
+    assert result.sandbox.version == f"{version}, image host {client.images.get('nanogpt_env').id}"
+
+
+def test_losses_are_those_of_other_sandboxes(boxed, tier):
+    with contextlib.closing(LocalBackend("plain")) as plain:
+        assert train(boxed, tier, SGD, steps=6).train_losses == train(plain, tier, SGD, steps=6).train_losses
+
+
+def test_a_nano_verification(docker_engine, tmp_path):
+    """The anchor of nano-steps, with room, is accepted on its word by runs in containers."""
+    tier = load_tier("nano-steps")
+    record = tier.record(tier.table.reward.anchor)
+    claim = tier.measured.records[record.name].claim
+    env = Speedrun("nano-steps", sandbox="docker", state_dir=tmp_path)
+    try:
+        env.reset()
+        env.step(WriteFile(path="optimizer.py", text=record.sources["optimizer.py"]))
+        *_, info = env.step(Submit(claim=claim + 8, horizon=claim + 8))
+        assert info["verdict"]["accepted"], info["verdict"]
+        assert info["verdict"]["trusted"]
+    finally:
+        env.close()
+
+
+def test_auto_takes_it_where_there_is_an_image(docker_engine):
+    assert LocalBackend("auto").kind() == "docker"
+
+
+def test_containers_of_dead_owners_are_removed(boxed, tier, client):
+    dead = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    name = owner.name(dead.pid)
+    image = client.images.get("nanogpt_env")
+    options = container.settings(image, [], "/tmp", ["filter"]) | {"labels": {container.OWNER_LABEL: name}}
+    options["command"] = [sys.executable, "-I", "-c", "import time; time.sleep(600)"]
+    left = client.containers.run(image.id, **options)
+    train(boxed, tier, SGD, steps=1)
+    assert client.containers.get(left.id).status == "running", "its owner is alive"
+    dead.kill()
+    dead.wait()
+    train(boxed, tier, SGD, steps=1)
+    assert client.containers.list(all=True) == []
+
+
+def test_a_killed_trainer_leaves_a_container_only_until_the_next_run(boxed, tier, client):
+    """The candidate ignores that its line ends."""
+    backend = LocalBackend("docker")
+    source = f"import time\ntime.sleep(600)\n{SGD}"
+    job = tier.job({"optimizer.py": source}, tier.plan(2, 2), "1", ("val_public",))
+    run = backend.start(job)
+    until = time.monotonic() + 60
+    while not client.containers.list() and time.monotonic() < until:
+        time.sleep(0.1)
+    run._process.kill()
+    with pytest.raises(BackendError):
+        run.result(60)
+    backend.close()
+    assert train(boxed, tier, SGD, steps=1).completed
+    assert client.containers.list(all=True) == []
+
+
+def test_the_container_is_as_strict_as_we_say(client):
+    found = container.settings(client.images.get("nanogpt_env"), [], "/tmp", ["filter"], gpus=("0",))
+    wanted = {"network_mode": "none", "read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges"]}
+    assert wanted.items() <= found.items() and found["user"] == "65534:65534"
+    assert all(mount["ReadOnly"] for mount in found["mounts"])
+    assert found["device_requests"][0]["DeviceIDs"] == ["0"]
+    assert not {"privileged", "pid_mode", "ipc_mode", "devices", "cap_add"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("tcp://192.0.2.1:2375", "another machine's"),
+        ("unix:///nowhere/docker.sock", "no Docker daemon at /nowhere"),
+        ("ssh://me@192.0.2.1", "another machine's"),
+    ],
+)
+def test_a_daemon_that_cannot_be_had_is_said(monkeypatch, address, says):
+    monkeypatch.setenv("DOCKER_HOST", address)
+    assert says in container.unavailable()
+
+
+def test_something_else_behind_the_socket_is_said(monkeypatch, tmp_path):
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "s"))
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/s")
+        assert "does not answer" in container.unavailable()
+
+
+def test_without_an_image_the_way_to_one_is_said(client, docker_engine):
+    client.images.remove("nanogpt_env", force=True)
+    try:
+        assert "nanogpt-env image" in container.unavailable()
+        with pytest.raises(BackendError, match="nanogpt-env image"), contextlib.closing(LocalBackend("docker")) as one:
+            train(one, load_tier("nano-steps"), SGD, steps=1)
+    finally:
+        container.build("host")
+    assert Path(docker_engine.removeprefix("unix://")).exists()
