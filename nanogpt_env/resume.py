@@ -14,7 +14,7 @@ from typing import Any
 from nanogpt_env.backends import Backend
 from nanogpt_env.budget import Budget, Reservation
 from nanogpt_env.episode import AgentRun, Episode
-from nanogpt_env.errors import BackendError, LedgerError
+from nanogpt_env.errors import ActionError, BackendError, LedgerError, TierError
 from nanogpt_env.ledger import VERSION, read_ledger
 from nanogpt_env.tracks import Tier
 from nanogpt_env.types import Plan, Progress, RunResult, Verdict
@@ -47,24 +47,28 @@ def resume(folder: Path, tier: Tier, backend: Backend, snapshots: Mapping[str, M
     lines, _ = read_ledger(path)
     if not lines or lines[0]["kind"] != "episode" or lines[0].get("version") != VERSION:
         raise LedgerError(f"{path} is not a version {VERSION} ledger")
-    head = lines[0]
-    if head["tier"] != tier.name or head["fingerprint"] != tier.fingerprint():
-        raise LedgerError(f"{path} is of tier {head['tier']} as it was: now its settings or calibration are others")
     if lines[-1]["kind"] == "end":
-        raise LedgerError(f"the episode in {folder} has ended: {lines[-1]['reason']}")
-    # it cannot be told when it died: at the latest when it last wrote
-    elapsed = max(0.0, path.stat().st_mtime - head["time"])
-    budget = Budget(head["budget"], elapsed=elapsed)
-    episode = Episode(tier, head["start"]["record"], head["anchor"]["record"], budget, backend, folder, head["episode"])
+        raise LedgerError(f"the episode in {folder} has ended: {lines[-1].get('reason')}")
+    episode = None
     try:
+        episode = _opened(path, lines[0], tier, backend)
         _Past(episode, snapshots).read(lines[1:])
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        episode.ledger.close()
-        raise LedgerError(f"{path}: a line, or the evidence, lacks what it must have: {error!r}") from None
-    except BaseException:
-        episode.ledger.close()
+    except BaseException as error:
+        if episode:
+            episode.ledger.close()
+        if isinstance(error, (AttributeError, KeyError, TypeError, ValueError, OSError, TierError, ActionError)):
+            raise LedgerError(f"{path}: a line, or the evidence, lacks what it must have: {error!r}") from None
         raise
     return episode
+
+
+def _opened(path: Path, head: Mapping[str, Any], tier: Tier, backend: Backend) -> Episode:
+    if head["tier"] != tier.name or head["fingerprint"] != tier.fingerprint():
+        raise LedgerError(f"{path} is of tier {head['tier']} as it was: now its settings or calibration are others")
+    # it cannot be told when it died: at the latest when it last wrote
+    budget = Budget(head["budget"], elapsed=max(0.0, path.stat().st_mtime - head["time"]))
+    start, anchor = head["start"]["record"], head["anchor"]["record"]
+    return Episode(tier, start, anchor, budget, backend, path.parent, head["episode"])
 
 
 class _Past:
