@@ -1,6 +1,7 @@
 """The attack suite: hostile and honest candidates, run on a sandbox of this host and by a deliberately naive scorer.
 
-Cases are files in tests/attacks: a block of settings as a comment, a line that says what it tries, and the candidate.
+Cases are files in tests/attacks: a block of settings as a comment, a line that says what it tries, and the candidate;
+or, in tests/attacks/actions, a file that an agent tries to write.
 An attack that the naive scorer stands is no attack: its verdict here would say nothing. Runs are short; what counts as
 a gain is a loss that lies `MARGIN` below that of the honest control, or `FASTER` of its time. Our static judge refuses
 most of these sources; as it is no boundary, they are run all the same.
@@ -26,12 +27,14 @@ import numpy as np
 from pydantic import Field
 
 from nanogpt_env import content
+from nanogpt_env.actions import WriteFile, parse_action
 from nanogpt_env.backends import Backend
-from nanogpt_env.errors import BackendError
+from nanogpt_env.errors import ActionError, BackendError
 from nanogpt_env.judging.static import judge_source
 from nanogpt_env.tiers import load_tier
 from nanogpt_env.trap import Trap
 from nanogpt_env.types import Plan, Record, RunResult
+from nanogpt_env.workspace import Workspace
 
 MARGIN = 0.1
 """nats per token"""
@@ -51,14 +54,15 @@ class Case(Record):
     for an honest control."""
 
     name: str
-    track: Literal["steps", "wallclock", "free"]
+    track: Literal["steps", "wallclock", "free", "actions"]
     idea: str
     source: str
     threats: tuple[str, ...]
     gains: str
     runs: int = 1
     needs: tuple[str, ...] = ()
-    faster: bool = False
+    path: str = ""
+    """of the file that an action writes; otherwise it is the candidate's"""
 
     @property
     def honest(self) -> bool:
@@ -93,7 +97,13 @@ class Measured(Record):
 def load_cases() -> list[Case]:
     """All of tests/attacks. Raises `ValueError` on a file that has no block of settings."""
     folder = content.content_root() / "tests" / "attacks"
-    return [load_case(path) for track in TRACKS for path in sorted((folder / track).glob("*.py"))]
+    actions = [load_action(path) for path in sorted((folder / "actions").glob("*.toml"))]
+    return [*(load_case(path) for track in TRACKS for path in sorted((folder / track).glob("*.py"))), *actions]
+
+
+def load_action(path: Path) -> Case:
+    settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    return Case(name=f"actions/{path.stem}", track="actions", source=settings.pop("text"), **settings)
 
 
 def load_case(path: Path) -> Case:
@@ -116,8 +126,10 @@ class Suite:
 
     def run(self, case: Case) -> Outcome:
         """Raises `BackendError` if the backend itself fails."""
-        control = self._control.get(case.track) or self._measure_control(case.track)
         told = self.naive.gain(case) if self.naive and not case.honest else ""
+        if case.track == "actions":
+            return self._write(case, told)
+        control = self._control.get(case.track) or self._measure_control(case.track)
         refused = judge_source(self._source(case), MAIN_FILE[case.track])
         for _ in range(case.runs - 1):
             self._train(case)
@@ -125,6 +137,17 @@ class Suite:
         verdict, detail = judge(case, measured, control)
         if verdict in ("caught", "no effect") and refused:
             detail += f"; the static judge refuses it ({refused[0]})"
+        return Outcome(case=case.name, threats=case.threats, verdict=verdict, detail=detail, naive=told)
+
+    def _write(self, case: Case, told: str) -> Outcome:
+        workspace = Workspace({"optimizer.py": ""}, {"task.md": ""}, 1 << 14)
+        try:
+            action = parse_action({"type": "write_file", "path": self.trap.placed(case.path), "text": case.source})
+            assert isinstance(action, WriteFile)
+            workspace.write(action.path, action.text)
+            verdict, detail = "PASSED THROUGH", "it was written"
+        except ActionError as error:
+            verdict, detail = "caught", f"refused: {error}"
         return Outcome(case=case.name, threats=case.threats, verdict=verdict, detail=detail, naive=told)
 
     def _measure_control(self, track: str) -> Measured:
@@ -209,6 +232,14 @@ def _used(gains: str, measured: Measured) -> str:
     return ""
 
 
+_DRIVER = {"actions": "steps"}
+_RULE = """
+import torch
+def configure(params, horizon):
+    return torch.optim.AdamW(params.values(), lr=0.01)
+"""
+
+
 class NaiveScorer:
     """Runs a candidate in a subprocess that holds the data and evaluates itself, and takes the last match of a regular
     expression in its output for the result. Its drivers are in tests/attacks/naive."""
@@ -220,10 +251,11 @@ class NaiveScorer:
 
     def gain(self, case: Case) -> str:
         """What the case gets; empty: nothing, so it is no attack."""
-        if case.track not in self._controls:
-            honest = next(c for c in load_cases() if c.track == case.track and c.honest)
-            self._controls[case.track] = self._measure(honest)
-        control, measured = self._controls[case.track], self._measure(case)
+        track = _DRIVER.get(case.track, case.track)
+        if track not in self._controls:
+            honest = next(c for c in load_cases() if c.track == track and c.honest)
+            self._controls[track] = self._measure(honest)
+        control, measured = self._controls[track], self._measure(case)
         found = measured.effects | ({"left": "a process was left"} if measured.left else {})
         if used := _used(case.gains, measured):
             found[case.gains] = used
@@ -260,11 +292,16 @@ class NaiveScorer:
         if case.track == "free":
             before = _honest_model()
             (work / "honest.py").write_text(before)
+        if case.path:  # as one joins paths at first
+            (work / MAIN_FILE["steps"]).write_text(_RULE)
+            Path(os.path.join(work, self.trap.placed(case.path))).write_text(case.source)
+            return
         source = before + self.trap.source(case.source, **more, CONTENT=[str(work / "val.bin")])
         (work / MAIN_FILE[case.track]).write_text(source, encoding="utf-8")
 
     def _run(self, work: Path, case: Case, steps: str) -> Measured:
-        script = {"steps": "score_steps.py", "wallclock": "train.py", "free": "score_free.py"}[case.track]
+        track = _DRIVER.get(case.track, case.track)
+        script = {"steps": "score_steps.py", "wallclock": "train.py", "free": "score_free.py"}[track]
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 [sys.executable, script, steps],

@@ -90,6 +90,10 @@ class Trap:
         """A candidate's source after the facts."""
         return "\n".join([*(f"{name} = {json.dumps(value)}" for name, value in (self.facts | more).items()), text])
 
+    def placed(self, path: str) -> str:
+        """A path with FOLDER and TOKEN filled in."""
+        return path.replace("{FOLDER}", str(self.folder)).replace("{TOKEN}", self.token)
+
     def effects(self, log: str) -> dict[str, str]:
         """What was reached since the last call, by name, as far as outside or the candidate's log show it."""
         said = dict(line[6:].split(" reached ", 1) for line in log.splitlines() if _is_report(line))

@@ -1,7 +1,6 @@
 # /// attack
 # threats = ["H54"]
 # gains = "score"
-# faster = true
 # ///
 """Goes on with the same batches, which no counter sees, with the clocks stopped."""
 
