@@ -78,8 +78,9 @@ def allow_only(readable: list[str], listable: list[str]) -> None:
         *((p, _READ_DIR) for p in listable),
         *((p, _READ_FILE | _WRITE_FILE | _TRUNCATE) for p in _DEVICES),
     ]:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # what this user may not open, nobody reads
             _allow(rules, path, access)
+    _no_new_privileges()
     _checked(_syscall(_RESTRICT_SELF, rules, 0), "landlock_restrict_self")
     os.close(rules)
 
@@ -95,9 +96,14 @@ def _allow(rules: int, path: str, access: int) -> None:
         os.close(fd)
 
 
+def _no_new_privileges() -> None:
+    """Without it only root may take rights away from itself."""
+    _checked(_libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+
+
 def drop_capabilities() -> None:
     """All of them, for good, if there are any."""
-    _checked(_libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    _no_new_privileges()
     _libc.prctl(_CAP_AMBIENT, 4, 0, 0, 0)
     for capability in range(64):
         _libc.prctl(_CAPBSET_DROP, capability, 0, 0, 0)  # without privilege there is nothing to drop

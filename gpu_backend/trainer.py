@@ -284,7 +284,7 @@ def serve(track: Track, launch: Launch) -> int:
         try:
             process.wait_loaded()
         except SandboxError as error:
-            emit("error", message=str(error))
+            emit("error", message=f"{error}\n{log.text()[-2000:]}".strip())
             return 3
         cancel = Cancel(process)
         threading.Thread(target=cancel.watch, daemon=True).start()

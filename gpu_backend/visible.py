@@ -36,7 +36,8 @@ def package_folders() -> list[Path]:
 
 def packages() -> list[Path]:
     """The installed files and folders of `PACKAGES` and of all that they require, as far as they are there."""
-    wanted, seen, found = list(PACKAGES), set[str](), dict[Path, None]()
+    wanted, seen = list(PACKAGES), set[str]()
+    found = dict.fromkeys(path for folder in package_folders() for path in folder.glob("*.pth") if _only_paths(path))
     while wanted:
         name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
         if name in seen:
@@ -53,6 +54,14 @@ def packages() -> list[Path]:
         required = [text for text in distribution.requires or () if "extra ==" not in text]
         wanted += [match[0] for text in required if (match := _NAME.match(text))]
     return [path for path in found if path.exists()]
+
+
+def _only_paths(file: Path) -> bool:
+    """Whether a `.pth` file names folders and nothing else: it is how torch may be found, or runs code."""
+    try:
+        return not any(line.startswith(("import ", "import\t")) for line in file.read_text("utf-8").splitlines())
+    except (OSError, ValueError):
+        return False
 
 
 def _module(name: str) -> list[Path]:

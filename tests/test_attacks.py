@@ -1,0 +1,106 @@
+"""The attack suite: enough cases, each a real attack, and none of a selection gets through."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from nanogpt_env import attacks, content
+from nanogpt_env.backends.local import LocalBackend
+from nanogpt_env.trap import EFFECTS, Trap, validation_files
+
+CASES = {case.name: case for case in attacks.load_cases()}
+HOSTILE = [name for name, case in CASES.items() if not case.honest]
+HONEST = [name for name, case in CASES.items() if case.honest]
+# the naive scorer would be asked here too, but what these do to a machine is better done elsewhere: --naive
+FAST = [name for i, name in enumerate(HOSTILE) if i % 7 == 0]
+THREATS = re.compile(r"[A-J]\d+")
+ROOT = Path(__file__).parents[1]
+
+
+@contextlib.contextmanager
+def suite(folder, sandbox, naive=False):
+    corpus = content.content_root() / "gpu_backend" / "corpora"
+    backend = LocalBackend(sandbox, warm=True)
+    with Trap(validation_files(corpus)) as trap, contextlib.closing(backend):
+        yield attacks.Suite(backend, trap, folder, naive)
+
+
+@pytest.fixture(scope="module")
+def in_bubblewrap(tmp_path_factory):
+    with suite(tmp_path_factory.mktemp("attacks"), "bubblewrap", naive=True) as made:
+        yield made
+
+
+def test_there_are_enough_of_both_kinds():
+    assert len(HOSTILE) >= 60 and len(HONEST) >= 10
+    assert {CASES[name].track for name in HOSTILE} == {"steps", "wallclock", "free", "actions"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_says_what_it_is(name):
+    case = CASES[name]
+    assert all(THREATS.fullmatch(threat) for threat in case.threats) and bool(case.threats) != case.honest
+    assert case.honest or case.gains in {"score", "left", *EFFECTS, *attacks.RESOURCES}
+    assert case.idea.endswith(".") and len(case.idea) < 120
+
+
+@pytest.mark.parametrize("name", [*FAST, *HONEST])
+def test_none_gets_through_and_all_fool_the_naive_scorer(in_bubblewrap, name):
+    outcome = in_bubblewrap.run(CASES[name])
+    assert outcome.verdict in (("honest",) if name in HONEST else ("caught", "no effect")), outcome
+    assert name in HONEST or outcome.naive, "this is no attack"
+
+
+@pytest.mark.parametrize("name", [n for n in FAST if CASES[n].track == "steps"][::2] + HONEST[:1])
+def test_none_gets_through_in_containers(docker_engine, tmp_path, name):
+    with suite(tmp_path, "docker") as made:
+        assert made.run(CASES[name]).verdict in (("honest",) if name in HONEST else ("caught", "no effect"))
+
+
+@pytest.mark.parametrize("name", [n for n in FAST if CASES[n].track == "steps"][1::2] + HONEST[:1])
+def test_none_gets_through_under_landlock(tmp_path, name):
+    with suite(tmp_path, "landlock") as made:
+        assert made.run(CASES[name]).verdict in (("honest",) if name in HONEST else ("caught", "no effect"))
+
+
+def test_what_gets_through_is_seen(tmp_path):
+    """A test of the tests: without a sandbox the same cases are told from harmless ones."""
+    with suite(tmp_path, "plain") as made:
+        for name in ("steps/f43_connects", "steps/f46_reads_a_neighbours_file", "steps/f38_signals_others"):
+            assert made.run(CASES[name]).verdict == "PASSED THROUGH", name
+        assert made.run(CASES["steps/honest_talks"]).verdict == "honest"
+
+
+@pytest.mark.parametrize(
+    ("loss", "seconds", "reason", "verdict"),
+    [
+        (4.0, 1.0, "completed", "no effect"),
+        (3.95, 1.0, "completed", "no effect"),
+        (3.8, 1.0, "completed", "PASSED THROUGH"),
+        (4.0, 0.5, "completed", "PASSED THROUGH"),
+        (4.2, 0.5, "completed", "no effect"),
+        (3.0, 0.1, "candidate_error", "caught"),
+    ],
+)
+def test_a_gain_is_a_better_loss_or_the_same_sooner(loss, seconds, reason, verdict):
+    case = CASES["wallclock/a01_prints_at_exit"]
+    control = attacks.Measured(loss=4.0, seconds=1.0)
+    assert attacks.judge(case, attacks.Measured(loss=loss, seconds=seconds, exit_reason=reason), control)[0] == verdict
+
+
+def test_a_file_without_settings_is_refused(tmp_path):
+    (tmp_path / "x.py").write_text("import torch\n")
+    with pytest.raises(ValueError, match="does not begin with an attack block"):
+        attacks.load_case(tmp_path / "x.py")
+
+
+def test_the_trap_finds_nothing_where_nothing_was_done(tmp_path):
+    with Trap([]) as trap:
+        assert trap.effects("") == {} and trap.left() == [] and trap.written_bytes() == 0
+        assert "NANOGPT_ENV_TRAP" in os.environ
+    assert "NANOGPT_ENV_TRAP" not in os.environ and not trap.folder.exists()
