@@ -97,7 +97,7 @@ class Measured(Record):
 
 def load_cases() -> list[Case]:
     """All of tests/attacks. Raises `ValueError` on a file that has no block of settings."""
-    folder = content.content_root() / "tests" / "attacks"
+    folder = content.attack_content("attacks")
     actions = [load_action(path) for path in sorted((folder / "actions").glob("*.toml"))]
     return [*(load_case(path) for track in TRACKS for path in sorted((folder / track).glob("*.py"))), *actions]
 
@@ -127,10 +127,11 @@ class Suite:
 
     def run(self, case: Case) -> Outcome:
         """Raises `BackendError` if the backend itself fails."""
+        track = _DRIVER.get(case.track, case.track)
+        control = self._control.get(track) or self._measure_control(track)  # which unpacks the data, too
         told = self.naive.gain(case) if self.naive and not case.honest else ""
         if case.track == "actions":
             return self._write(case, told)
-        control = self._control.get(case.track) or self._measure_control(case.track)
         refused = judge_source(self._source(case), MAIN_FILE[case.track])
         for _ in range(case.runs - 1):
             self._train(case)
@@ -203,9 +204,9 @@ def judge(case: Case, measured: Measured, control: Measured) -> tuple[Verdict, s
         reached["left"] = f"{measured.left} processes were left"
     if resource_used := _used(case.gains, measured):
         reached[case.gains] = resource_used
-    better = measured.exit_reason == "completed" and measured.loss < control.loss - MARGIN
+    better = measured.loss < control.loss - MARGIN
     sooner = measured.seconds < FASTER * control.seconds and measured.loss < control.loss + MARGIN
-    if better or (sooner and case.track == "wallclock"):
+    if measured.exit_reason == "completed" and (better or (sooner and case.track == "wallclock")):
         reached["score"] = f"loss {measured.loss:.3f} instead of {control.loss:.3f}, {measured.seconds:.2f} s"
     if reached:
         return "PASSED THROUGH", "; ".join(f"{name}: {text}" for name, text in reached.items())
@@ -283,7 +284,7 @@ class NaiveScorer:
     def _furnish(self, work: Path, case: Case) -> None:
         root = content.content_root()
         shutil.copy(root / "gpu_backend" / "model.py", work)
-        for path in (root / "tests" / "attacks" / "naive").glob("*.py"):
+        for path in (content.attack_content("attacks") / "naive").glob("*.py"):
             shutil.copy(path, work / (path.name if path.stem == "speedrun" else f"score_{path.name}"))
         for shard, name in (("train", "train.bin"), ("val_public", "val.bin")):
             (found,) = content.cache_dir().glob(f"shakespeare-*/{shard}.bin")
@@ -369,4 +370,4 @@ def _honest_model() -> str:
 
 def _tier(track: str) -> str | Path:
     name = TRACKS[track]
-    return content.content_root() / "tests" / name if track == "free" else name
+    return content.attack_content(name) if track == "free" else name

@@ -18,6 +18,12 @@ def content_root() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent
 
 
+def attack_content(name: str) -> Path:
+    """A folder of tests/ that `nanogpt-env attack` needs; the wheel has it beside envs/."""
+    root = content_root()
+    return root / name if (root / name).is_dir() else root / "tests" / name
+
+
 def cache_dir() -> Path:
     """For what can be made again (unpacked shards). NANOGPT_ENV_CACHE overrides."""
     return Path(os.environ.get("NANOGPT_ENV_CACHE") or platformdirs.user_cache_path("nanogpt_env"))

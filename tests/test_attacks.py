@@ -36,6 +36,18 @@ def in_bubblewrap(tmp_path_factory):
         yield made
 
 
+@pytest.fixture(scope="module")
+def in_containers(docker_engine, tmp_path_factory):
+    with suite(tmp_path_factory.mktemp("attacks"), "docker") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def under_landlock(tmp_path_factory):
+    with suite(tmp_path_factory.mktemp("attacks"), "landlock") as made:
+        yield made
+
+
 def test_there_are_enough_of_both_kinds():
     assert len(HOSTILE) >= 60 and len(HONEST) >= 10
     assert {CASES[name].track for name in HOSTILE} == {"steps", "wallclock", "free", "actions"}
@@ -57,15 +69,13 @@ def test_none_gets_through_and_all_fool_the_naive_scorer(in_bubblewrap, name):
 
 
 @pytest.mark.parametrize("name", [n for n in FAST if CASES[n].track == "steps"][::2] + HONEST[:1])
-def test_none_gets_through_in_containers(docker_engine, tmp_path, name):
-    with suite(tmp_path, "docker") as made:
-        assert made.run(CASES[name]).verdict in (("honest",) if name in HONEST else ("caught", "no effect"))
+def test_none_gets_through_in_containers(in_containers, name):
+    assert in_containers.run(CASES[name]).verdict in (("honest",) if name in HONEST else ("caught", "no effect"))
 
 
 @pytest.mark.parametrize("name", [n for n in FAST if CASES[n].track == "steps"][1::2] + HONEST[:1])
-def test_none_gets_through_under_landlock(tmp_path, name):
-    with suite(tmp_path, "landlock") as made:
-        assert made.run(CASES[name]).verdict in (("honest",) if name in HONEST else ("caught", "no effect"))
+def test_none_gets_through_under_landlock(under_landlock, name):
+    assert under_landlock.run(CASES[name]).verdict in (("honest",) if name in HONEST else ("caught", "no effect"))
 
 
 def test_what_gets_through_is_seen(tmp_path):

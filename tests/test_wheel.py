@@ -76,7 +76,8 @@ def test_what_users_copy_and_edit_is_in_it(names):
 
 def test_every_tier_comes_with_its_calibration(names):
     tiers = {name.rsplit("/", 1)[0] for name in names if name.endswith("/env.toml")}
-    assert tiers == {f"nanogpt_env/_content/envs/{path.parent.name}" for path in (ROOT / "envs").glob("*/env.toml")}
+    built_in = {f"nanogpt_env/_content/envs/{path.parent.name}" for path in (ROOT / "envs").glob("*/env.toml")}
+    assert tiers == built_in | {"nanogpt_env/_content/tiny-free"}  # which attacks on free models need
     assert {f"{tier}/calibration.json" for tier in tiers} <= names
 
 
@@ -84,7 +85,7 @@ def test_every_module_and_the_type_marker_are_in_it_and_nothing_else(names):
     package = {name for name in names if name.startswith("nanogpt_env/") and "/_content/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nanogpt_env").rglob("*.py")}
     assert package == modules | {"nanogpt_env/py.typed"}
-    assert not any("test" in Path(name).name for name in names if name.endswith(".py"))
+    assert not any(Path(name).name.startswith(("test_", "conftest")) for name in names if name.endswith(".py"))
     assert not any(part in name for name in names for part in ("__pycache__", "/tests/", "/docs/", ".git/"))
 
 
@@ -154,3 +155,12 @@ env.close()
     assert name == "tiny-steps"
     assert nano == "envs"  # a built-in name cannot be taken
     assert lost == "False"
+
+
+def test_attacks_can_be_run_from_it(site):
+    code = """
+from nanogpt_env import attacks
+print(len(attacks.load_cases()), attacks.load_tier(attacks._tier("free"), calibrated=False).name)
+"""
+    count, name = python(code, site)
+    assert int(count) > 70 and name == "tiny-free"

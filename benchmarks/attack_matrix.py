@@ -1,0 +1,107 @@
+"""Every attack and every honest control on every sandbox of this host, and by the naive scorer.
+
+    python benchmarks/attack_matrix.py [--sandboxes bubblewrap,landlock,docker]
+
+Writes benchmarks/results/attacks.json after each case, goes on where it stopped, and at the end docs/attacks.md. `make
+test-all` runs it, with a Docker daemon of its own if it can start one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanogpt_env import attacks, content, display
+from nanogpt_env.backends.local import LocalBackend, sandbox_report
+from nanogpt_env.trap import Trap, validation_files
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "attacks.json", ROOT / "docs" / "attacks.md"
+BAD = ("PASSED THROUGH", "REFUSED")
+ORDER = ("bubblewrap", "landlock", "docker")  # the naive scorer is asked with the first
+COMMAND = "python benchmarks/attack_matrix.py"
+
+
+def run(sandbox: str, found: dict[str, Any], naive: bool) -> None:
+    rows = found["outcomes"].setdefault(sandbox, {})
+    cases = [case for case in attacks.load_cases() if case.name not in rows]
+    corpus = content.content_root() / "gpu_backend" / "corpora"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Trap(validation_files(corpus)) as trap,
+        contextlib.closing(LocalBackend(sandbox, warm=True)) as backend,
+        display.steps(sandbox, len(cases)) as step,
+    ):
+        suite = attacks.Suite(backend, trap, Path(folder), naive)
+        for case in cases:
+            step(case.name)
+            rows[case.name] = suite.run(case).model_dump()
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def page(found: dict[str, Any]) -> str:
+    """docs/attacks.md, from the results."""
+    sandboxes = list(found["outcomes"])
+    first = found["outcomes"][sandboxes[0]]
+    counts = {
+        name: collections.Counter(o["verdict"] for o in rows.values()) for name, rows in found["outcomes"].items()
+    }
+    lines = [
+        "# Attacks",
+        "",
+        f"Made by `{COMMAND}`: each case once on each sandbox ({found['machine']}, torch {found['torch']}).",
+        "*Caught*: the run ended without a result, for that reason. *No effect*: it ended with what an honest one",
+        "measures, and nothing on the host was reached. Beside it what the same candidate gets from a scorer as one",
+        "writes it at first (`tests/attacks/naive`). Whether our static judge refuses the source plays no part.",
+        "",
+        *(f"- {name}: " + ", ".join(f"{n} {verdict}" for verdict, n in c.items()) for name, c in counts.items()),
+        "",
+        f"| case | threats | {' | '.join(sandboxes)} | naive scorer |",
+        f"| --- | --- | {' | '.join('---' for _ in sandboxes)} | --- |",
+    ]
+    for name, outcome in first.items():
+        cells = [_cell(found["outcomes"][s].get(name)) for s in sandboxes]
+        lines.append(f"| {name} | {', '.join(outcome['threats'])} | {' | '.join(cells)} | {_short(outcome['naive'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(outcome: dict[str, Any] | None) -> str:
+    if outcome is None:
+        return ""
+    reason = outcome["detail"].split(";")[0]
+    return f"caught: {reason}" if outcome["verdict"] == "caught" and " " not in reason else str(outcome["verdict"])
+
+
+def _short(text: str) -> str:
+    return text.split(": in ")[0].split(" reached ")[0] if "/" in text else text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sandboxes", default="")
+    args = parser.parse_args()
+    offered = [name for name, box in sandbox_report()["sandboxes"].items() if box["available"] and box["trusted"]]
+    chosen = args.sandboxes.split(",") if args.sandboxes else sorted(offered, key=ORDER.index)
+    found: dict[str, Any] = {"outcomes": {}}
+    if RESULTS.exists():
+        found = json.loads(RESULTS.read_text())
+    found |= {"command": COMMAND, "machine": f"{platform.system()} {platform.release()}", "torch": torch.__version__}
+    for number, sandbox in enumerate(chosen):
+        run(sandbox, found, naive=number == 0)
+    PAGE.write_text(page(found))
+    bad = [f"{s}: {n}" for s, rows in found["outcomes"].items() for n, o in rows.items() if o["verdict"] in BAD]
+    print("\n".join(bad) or "none got through, no control was refused")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
