@@ -3,6 +3,7 @@ needs. Nothing else that is installed, as a package can bring weights, or the ve
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import re
@@ -34,6 +35,7 @@ def package_folders() -> list[Path]:
     return sorted(found)
 
 
+@functools.cache
 def packages() -> list[Path]:
     """The installed files and folders of `PACKAGES` and of all that they require, as far as they are there."""
     wanted, seen = list(PACKAGES), set[str]()
