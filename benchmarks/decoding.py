@@ -5,14 +5,16 @@
 On nano-steps, with the anchor's rule. The oracle knows every batch that has passed, for nothing. It uses them for
 `passes` further passes a step over earlier batches and some more at the end, or for a table: after `table` steps
 embedding and head become the best bigram table of the batches so far, stopped by the public validation loss, and
-training goes on from there. Losses are on the hidden shard; honest rules of fewer steps give the scale. What decoding
-costs, in time and in batches that are spent on it, is not in these figures. Writes benchmarks/results/decoding.json.
+training goes on from there, with the rule's learning rates times `rates`. Losses are on the hidden shard; honest rules
+of fewer steps give the scale. What decoding costs, in time and in batches that are spent on it, is not in these
+figures. Goes on where it stopped; writes benchmarks/results/decoding.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +40,25 @@ ORACLES = (
     {"steps": 115, "table": 60},
     {"steps": 115, "table": 90},
     {"steps": 142, "table": 142},
+    {"steps": 115, "table": 30, "rates": 0.3},
+    {"steps": 115, "table": 60, "rates": 0.3},
+    {"steps": 115, "table": 30, "rates": 0.1},
+    {"steps": 115, "table": 60, "rates": 0.1},
 )
+RATES = re.compile(r"^MUON_LR, ADAM_LR = ([\d.]+), ([\d.]+)$", re.MULTILINE)
 
 
-def run(tier: StepsTier, record: str, seed: int, steps: int, **oracle: float) -> float:
+def run(tier: StepsTier, record: str, seed: int, steps: int, rates: float = 1.0, **oracle: float) -> float:
     """Hidden loss of one run."""
-    source, public, hidden = tier.record(record).sources, tier.table.data.public, tier.table.data.hidden
-    job = tier.job(source, Plan(steps=steps, horizon=steps), f"decoding/{seed}", (hidden, public))
+    source, public, hidden = tier.record(record).sources["optimizer.py"], tier.table.data.public, tier.table.data.hidden
+    source, changed = RATES.subn(lambda m: f"MUON_LR, ADAM_LR = {rates * float(m[1])}, {rates * float(m[2])}", source)
+    assert changed == 1
+    job = tier.job({"optimizer.py": source}, Plan(steps=steps, horizon=steps), f"decoding/{seed}", (hidden, public))
     training = Training(StepsJob(**json.loads(job.model_dump_json())), Result(), lambda: False)
     model, length = training.model, training.config.seq_len
     batches = [training.batches.take(job.batch_size, length) for _ in range(steps)]
     order = lesson(batches, np.random.default_rng(seed), **oracle)
-    rule = in_process.InProcessRule(training, source["optimizer.py"], max(1, len(order)), seed)
+    rule = in_process.InProcessRule(training, source, max(1, len(order)), seed)
     if table := int(oracle.get("table", 0)):
         write_table(training, batches[:table], training.val[public])
     for step, window in enumerate(order):
@@ -93,8 +102,9 @@ def main() -> None:
     torch.set_num_threads(1)
     tier = load_tier("nano-steps")
     assert isinstance(tier, StepsTier)
-    rows: list[dict[str, Any]] = []
-    for setting in (*HONEST, *ORACLES):
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    done = [{k: v for k, v in row.items() if k not in ("loss", "losses")} for row in rows]
+    for setting in (s for s in (*HONEST, *ORACLES) if s not in done):
         losses = [run(tier, tier.table.reward.anchor, seed, **setting) for seed in range(args.seeds)]
         rows.append({**setting, "loss": float(np.mean(losses)), "losses": losses})
         print({**rows[-1], "losses": [round(x, 4) for x in losses]}, flush=True)

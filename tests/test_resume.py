@@ -183,6 +183,15 @@ def test_evidence_that_is_gone_is_said(make, resumed):
         resumed(folder)
 
 
+def test_a_clock_that_was_set_back_gives_no_time(make, resumed):
+    folder = dies(make())
+    path = folder / "ledger.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    head = json.loads(first)
+    path.write_text(json.dumps({**head, "time": head["time"] + 1e6}) + "\n" + "".join(rest))
+    assert 0 <= spent(resumed(folder), "wall_seconds") < 60
+
+
 def test_wall_time_goes_on(make, resumed):
     env = make()
     folder = dies(env)

@@ -150,7 +150,7 @@ class LocalBackend:
 
     def _settle(self) -> str:
         if self.sandbox == "auto":
-            self.sandbox = sandbox_report()["auto"]
+            self.sandbox = sandbox_report("--auto")["auto"]
         return self.sandbox
 
     def exclusive(self, on_wait: Callable[[], None] = lambda: None) -> contextlib.AbstractContextManager[None]:
@@ -188,11 +188,13 @@ class LocalBackend:
             server.close()
 
 
-def sandbox_report() -> dict[str, Any]:
-    """What sandboxes this machine offers; see `gpu_backend/report.py`."""
+def sandbox_report(*options: str) -> dict[str, Any]:
+    """What sandboxes this machine offers; see `gpu_backend/report.py`. Raises `BackendError`."""
     script = content_root() / "gpu_backend" / "report.py"
     try:
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [sys.executable, str(script), *options], capture_output=True, text=True, timeout=60, check=False
+        )
     except subprocess.TimeoutExpired:
         raise BackendError("the sandbox check did not end within 60 s") from None
     if done.returncode:
