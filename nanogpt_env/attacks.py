@@ -119,17 +119,18 @@ def load_case(path: Path) -> Case:
 
 
 class Suite:
-    """Cases against one backend. `naive`: ask the naive scorer as well, on this host, outside of any sandbox."""
+    """Cases against one backend. `ask_naive`: the naive scorer as well, on this host, outside of any sandbox."""
 
-    def __init__(self, backend: Backend, trap: Trap, folder: Path, naive: bool) -> None:
-        self.backend, self.trap, self.naive = backend, trap, NaiveScorer(trap, folder) if naive else None
+    def __init__(self, backend: Backend, trap: Trap, folder: Path, ask_naive: bool) -> None:
+        self.backend, self.trap, self.ask_naive = backend, trap, ask_naive
+        self.naive = NaiveScorer(trap, folder)
         self._control: dict[str, Measured] = {}
 
     def run(self, case: Case) -> Outcome:
         """Raises `BackendError` if the backend itself fails."""
         track = _DRIVER.get(case.track, case.track)
         control = self._control.get(track) or self._measure_control(track)  # which unpacks the data, too
-        told = self.naive.gain(case) if self.naive and not case.honest else ""
+        told = self.naive.gain(case) if self.ask_naive and not case.honest else ""
         if case.track == "actions":
             return self._write(case, told)
         refused = judge_source(self._source(case), MAIN_FILE[case.track])
@@ -160,7 +161,7 @@ class Suite:
         return measured
 
     def _source(self, case: Case) -> str:
-        more = self.naive.weights() if self.naive and "weights" in case.needs else {}
+        more = self.naive.weights() if "weights" in case.needs else {}
         before = _honest_model() if case.track == "free" else ""
         return before + self.trap.source(case.source, **more)
 
@@ -267,7 +268,7 @@ class NaiveScorer:
         return found.get(case.gains, "")
 
     def weights(self) -> dict[str, Any]:
-        """Of a longer training on published ids, as constants for a candidate's source."""
+        """Of a longer training on published ids, by a rule of ours, as constants for a candidate's source."""
         if not self._weights:
             case = Case(name="weights", track="steps", idea="", source=_TRAIN_WEIGHTS, threats=(), gains="")
             self._measure(case, "300")
