@@ -88,16 +88,21 @@ def broken(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def docker_engine(tmp_path_factory):
-    """A Docker daemon with the image in which this machine's Python is mounted; tests see it by DOCKER_HOST."""
+def _docker_address(tmp_path_factory):
+    """Of a Docker daemon with the image in which this machine's Python is mounted."""
     if why := engine.missing():
         assert engine.REQUIRED not in os.environ, why
         pytest.skip(why)
-    with engine.running(tmp_path_factory.mktemp("docker")) as address:
-        before = os.environ.get("DOCKER_HOST")
-        os.environ["DOCKER_HOST"] = address
+    with engine.running(tmp_path_factory.mktemp("docker")) as address, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOCKER_HOST", address)
         container.build("host")
+        patch.undo()
         yield address
-        os.environ.pop("DOCKER_HOST")
-        if before:
-            os.environ["DOCKER_HOST"] = before
+
+
+@pytest.fixture(scope="module")
+def docker_engine(_docker_address):
+    """Its address. The tests of the module see it, by DOCKER_HOST; for others 'auto' must not become docker."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOCKER_HOST", _docker_address)
+        yield _docker_address
