@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import host
+
 REQUIRED = "NANOGPT_ENV_NEEDS_DOCKER"  # set where a missing engine is a failure: in CI
 
 
@@ -27,7 +29,8 @@ def running(folder: Path):
                "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec", "--pidfile", f"{folder}/pid",
                "-H", address]  # fmt: skip
     with (folder / "log").open("wb") as log:
-        daemon = subprocess.Popen(command, stdout=log, stderr=log)
+        # it ends with the tests, even if those are killed
+        daemon = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=host.die_with_parent)
     try:
         until = time.monotonic() + 60
         while not (folder / "docker.sock").exists() or not _answers(address):
