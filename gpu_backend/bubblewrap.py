@@ -45,14 +45,13 @@ def _binaries() -> list[str]:
 def _mounts(hidden: list[Path]) -> list[str]:
     """bubblewrap options: what is visible read-only; package folders and `hidden` ones (our own content: hidden
     validation data, human records) covered by empty ones wherever a mount would show them."""
-    shown = {*visible.roots(), *visible.packages()}
-    covered = {h for h in [*hidden, *visible.package_folders()] if any(v == h or v in h.parents for v in shown)}
+    shown, covered = {*visible.roots(), *visible.packages()}, visible.covered(hidden)
     options: list[str] = []
     # parents before children, so that a cover lies over its parent and under a mount inside it
     for path in sorted(shown | covered, key=lambda p: len(p.parts)):
         if path in covered:
             options += ["--tmpfs", str(path)]
-        elif path.is_symlink() and path.parent == Path("/"):
+        elif visible.is_link(path):
             options += ["--symlink", os.readlink(path), str(path)]
         else:
             options += ["--ro-bind", str(path), str(path)]

@@ -14,12 +14,14 @@ import os
 import struct
 from pathlib import Path
 
+import seccomp
+
 _NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 _NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 0x1000, 0x4000, 1 << 18
 _MNT_DETACH = 2
-_SET_DUMPABLE, _SET_SECCOMP, _CAPBSET_DROP, _SET_NO_NEW_PRIVS, _CAP_AMBIENT = 4, 22, 24, 38, 47
-_AMBIENT_CLEAR_ALL, _SECCOMP_FILTER, _CAPABILITY_V3 = 4, 2, 0x20080522
+_SET_DUMPABLE, _CAPBSET_DROP, _SET_NO_NEW_PRIVS, _CAP_AMBIENT = 4, 24, 38, 47
+_AMBIENT_CLEAR_ALL, _CAPABILITY_V3 = 4, 0x20080522
 NOBODY = 65534
 CONTROL_FD = 3
 
@@ -51,9 +53,7 @@ def confine(control: int, log: int, report: int, scratch_bytes: int, seccomp_fil
     os.close(proc)
     _drop_capabilities()
     report = _descriptors(control, log, report)
-    buffer = ctypes.create_string_buffer(seccomp_filter, len(seccomp_filter))
-    program = struct.pack("HP", len(seccomp_filter) // 8, ctypes.addressof(buffer))
-    _call("prctl", _SET_SECCOMP, _SECCOMP_FILTER, program, 0, 0)
+    seccomp.install(seccomp_filter)
     return report
 
 

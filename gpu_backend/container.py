@@ -99,6 +99,7 @@ class Contained(Process):
         if pidfd >= 0:
             os.close(pidfd)
             _remove(self.container)
+            self.container.client.close()
             self.folder.cleanup()
 
 
@@ -147,10 +148,9 @@ def settings(
     binds = {str(HERE / file): f"{INSIDE}/{file}" for file in FILES} | {folder: _LINE}
     scratch = {"/tmp": f"size={SCRATCH_BYTES},mode=1777"}
     if own_python:
-        shown = [p for p in [*visible.roots(), *visible.packages()] if not _is_link(p)]
-        binds |= {str(path): str(path) for path in shown}
-        covers = [p for p in [*hidden, *visible.package_folders()] if any(v == p or v in p.parents for v in shown)]
-        scratch |= {str(path): "ro,size=64k,mode=755" for path in covers}
+        shown = [*visible.roots(), *visible.packages()]
+        binds |= {str(path): str(path) for path in shown if not visible.is_link(path)}
+        scratch |= {str(path): "ro,size=64k,mode=755" for path in visible.covered(hidden)}
     python = sys.executable if own_python else "python3"
     return {
         "command": [python, "-I", "-B", "-u", f"{INSIDE}/restrict.py", *command],
@@ -193,11 +193,7 @@ def build(variant: str, base: str = "", pip_options: str = "", on_line: Any = pr
                 _skeleton(), repository=IMAGE, tag="latest", changes=[f"LABEL {VARIANT_LABEL}={variant}"]
             )
         else:
-            arguments = (
-                {"VARIANT": variant}
-                | ({"BASE": base} if base else {})
-                | ({"PIP_OPTIONS": pip_options} if pip_options else {})
-            )
+            arguments = {name: value for name, value in (("BASE", base), ("PIP_OPTIONS", pip_options)) if value}
             steps = client.api.build(
                 path=str(HERE), dockerfile="Dockerfile", tag=IMAGE, buildargs=arguments, decode=True, rm=True,
                 labels={VARIANT_LABEL: variant}, network_mode="host",
@@ -218,7 +214,7 @@ def _skeleton() -> bytes:
             entry = tarfile.TarInfo(name)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if name == "tmp" else 0o755
             tar.addfile(entry)
-        for path in filter(_is_link, visible.roots()):
+        for path in filter(visible.is_link, visible.roots()):
             entry = tarfile.TarInfo(path.name)
             entry.type, entry.linkname = tarfile.SYMTYPE, os.readlink(path)
             tar.addfile(entry)
@@ -229,16 +225,8 @@ def _skeleton() -> bytes:
     return buffer.getvalue()
 
 
-def _is_link(path: Path) -> bool:
-    return path.is_symlink() and path.parent == Path("/")
-
-
 def _connect() -> Any:
     """A client. Raises `SandboxError` with the way out."""
-    try:
-        docker = importlib.import_module("docker")
-    except ImportError:
-        raise SandboxError("the `docker` package is not installed: `pip install 'nanogpt_env[docker]'`") from None
     address = os.environ.get("DOCKER_HOST", _DEFAULT_HOST)
     if not address.startswith("unix://"):
         raise SandboxError(
@@ -248,12 +236,19 @@ def _connect() -> Any:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.connect(path)
-        return docker.DockerClient(base_url=address, timeout=START_TIMEOUT_S)  # it asks for the daemon's version
     except FileNotFoundError:
         raise SandboxError(f"there is no Docker daemon at {path} (DOCKER_HOST says where it is)") from None
     except PermissionError:
         raise SandboxError(f"this user may not speak to the Docker daemon at {path}: is it in its group?") from None
-    except (OSError, docker.errors.DockerException) as error:
+    except OSError as error:
+        raise SandboxError(f"the Docker daemon at {path} does not answer: {error}") from None
+    try:
+        docker = importlib.import_module("docker")  # takes long; most hosts have no daemon to ask for
+    except ImportError:
+        raise SandboxError("the `docker` package is not installed: `pip install 'nanogpt_env[docker]'`") from None
+    try:
+        return docker.DockerClient(base_url=address, timeout=START_TIMEOUT_S)  # it asks for the daemon's version
+    except docker.errors.DockerException as error:
         raise SandboxError(f"the Docker daemon at {path} does not answer: {error}") from None
 
 

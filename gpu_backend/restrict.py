@@ -38,7 +38,7 @@ _TCP, _SCOPES = 0b11, 0b11  # bind and connect; abstract sockets and signals
 LEAST_ABI = 3
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _SYSTEM = ("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/sys/devices/system/cpu")
-_CAPBSET_DROP, _SET_SECCOMP, _SET_NO_NEW_PRIVS, _CAP_AMBIENT = 24, 22, 38, 47
+_CAPBSET_DROP, _SET_NO_NEW_PRIVS, _CAP_AMBIENT = 24, 38, 47
 _CAPABILITY_V3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -110,13 +110,6 @@ def drop_capabilities() -> None:
     _checked(_libc.capset(struct.pack("Ii", _CAPABILITY_V3, 0), bytes(24)), "capset")
 
 
-def install(program: bytes) -> None:
-    """A seccomp filter for this process. Raises `OSError`."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    head = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
-    _checked(_libc.prctl(_SET_SECCOMP, 2, ctypes.c_char_p(head), 0, 0), "seccomp")
-
-
 def _connect(path: str) -> int:
     """The line to the trainer; our output goes to the descriptor that comes first over it. We say who we are."""
     line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -151,7 +144,7 @@ def main() -> None:
         allow_only(args.read, args.list)
         drop_capabilities()
         host.die_with_parent()  # the filter refuses it later
-        install(seccomp.program(alone=os.getpid()))
+        seccomp.install(seccomp.program(alone=os.getpid()))
         if not args.host:
             return  # to see whether it works here
         # torch's import wants a folder to write to, and is content with one that is there
@@ -159,7 +152,7 @@ def main() -> None:
     else:
         fd = _connect(args.line)
         drop_capabilities()
-        install(seccomp.program())
+        seccomp.install(seccomp.program())
     sys.argv[:] = [script, str(fd)]
     runpy.run_path(script, run_name="__main__")
 

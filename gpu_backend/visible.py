@@ -25,6 +25,17 @@ def roots() -> list[Path]:
     return [p for p in dict.fromkeys(found) if p.exists()]
 
 
+def is_link(path: Path) -> bool:
+    """Whether it is a root that is another name of a folder in /usr."""
+    return path.is_symlink() and path.parent == Path("/")
+
+
+def covered(hidden: list[Path]) -> set[Path]:
+    """Of the folders that nobody may see, and of those with packages, what lies in something that is shown."""
+    shown = [*roots(), *packages()]
+    return {h for h in [*hidden, *package_folders()] if any(v == h or v in h.parents for v in shown)}
+
+
 def package_folders() -> list[Path]:
     """Where packages are installed below what is visible, for any version of Python: these folders are covered."""
     found = set()

@@ -45,7 +45,7 @@ MEMORY_BYTES, DISK_BYTES, LOG_BYTES, THREADS = 1 << 31, 64 << 20, 1 << 20, 512
 TRACKS = {"steps": "nano-steps", "wallclock": "nano-wallclock", "free": "tiny-free"}
 MAIN_FILE = {"steps": "optimizer.py", "wallclock": "train.py", "free": "model.py"}
 RESOURCES = ("memory", "disk", "log", "escape", "time", "threads")
-Verdict = Literal["caught", "no effect", "bounded", "PASSED THROUGH", "honest", "REFUSED", "not applicable"]
+Verdict = Literal["caught", "no effect", "PASSED THROUGH", "honest", "REFUSED"]
 _BLOCK = re.compile(r"\A# /// attack\n((?:# .*\n)*?)# ///\n")
 _RESULT = re.compile(r"val_loss:(\S+) train_time:(\S+?)ms")
 

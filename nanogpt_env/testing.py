@@ -45,7 +45,7 @@ def attempt(name, act):
     except BaseException as error:
         print("probe", name, "refused", type(error).__name__, flush=True)
     else:
-        print("probe", name, "reached", told, flush=True)
+        print("probe", name, "reached", told or "", flush=True)
 def dial(family, kind, address):
     with socket.socket(family, kind) as s:
         s.settimeout(1)

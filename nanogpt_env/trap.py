@@ -98,7 +98,9 @@ class Trap:
         """What was reached since the last call, by name, as far as outside or the candidate's log show it."""
         said = dict(line[6:].split(" reached ", 1) for line in log.splitlines() if _is_report(line))
         found = {name: EFFECTS[name] for name, port in self._ports.items() if str(port) in self._reached}
-        found |= {name: said[name] for name in _SAID if name in said}
+        found |= {
+            name: f"{EFFECTS[name]}: {said[name]}" if said[name] else EFFECTS[name] for name in _SAID if name in said
+        }
         if written := [folder for folder in self._folders if Path(folder, self.token).exists()]:
             found["write"] = f"{EFFECTS['write']}: in {', '.join(written)}"
         if _shape(self._victim.stat()) != _shape(self._state):
