@@ -3,13 +3,17 @@ PYTHON ?= python3
 TIER ?= nano-steps
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-all check clean
 
 demo: .venv/installed
 	$(BIN)/nanogpt-env play --tier $(TIER) --agent ladder --output demo-output
 
 test: .venv/installed check
 	$(BIN)/python -m pytest
+
+# the full matrix of attacks on top, some hours the first time; goes on where it stopped
+test-all: test
+	$(BIN)/python benchmarks/attack_matrix.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
     python benchmarks/attack_matrix.py [--sandboxes bubblewrap,landlock,docker]
 
-Writes benchmarks/results/attacks.json after each case, goes on where it stopped, and at the end docs/attacks.md. `make
-test-all` runs it, with a Docker daemon of its own if it can start one.
+Writes benchmarks/results/attacks.json after each case, goes on where it stopped (a case whose source has changed is run
+again), and at the end docs/attacks.md. `make test-all` runs it, on every sandbox that this host offers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import hashlib
 import json
 import platform
 import sys
@@ -26,13 +27,15 @@ from nanogpt_env.trap import Trap, validation_files
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "attacks.json", ROOT / "docs" / "attacks.md"
-BAD = ("PASSED THROUGH", "REFUSED")
 ORDER = ("bubblewrap", "landlock", "docker")  # the naive scorer is asked with the first
 COMMAND = "python benchmarks/attack_matrix.py"
 
 
 def run(sandbox: str, found: dict[str, Any], naive: bool) -> None:
     rows = found["outcomes"].setdefault(sandbox, {})
+    digests = {case.name: _digest(case) for case in attacks.load_cases()}
+    for name in [name for name, row in rows.items() if row["digest"] != digests.get(name)]:
+        del rows[name]
     cases = [case for case in attacks.load_cases() if case.name not in rows]
     corpus = content.content_root() / "gpu_backend" / "corpora"
     with (
@@ -44,8 +47,12 @@ def run(sandbox: str, found: dict[str, Any], naive: bool) -> None:
         suite = attacks.Suite(backend, trap, Path(folder), naive)
         for case in cases:
             step(case.name)
-            rows[case.name] = suite.run(case).model_dump()
+            rows[case.name] = suite.run(case).model_dump() | {"digest": digests[case.name]}
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _digest(case: attacks.Case) -> str:
+    return hashlib.sha256(case.model_dump_json().encode()).hexdigest()[:16]
 
 
 def page(found: dict[str, Any]) -> str:
@@ -62,6 +69,8 @@ def page(found: dict[str, Any]) -> str:
         "*Caught*: the run ended without a result, for that reason. *No effect*: it ended with what an honest one",
         "measures, and nothing on the host was reached. Beside it what the same candidate gets from a scorer as one",
         "writes it at first (`tests/attacks/naive`). Whether our static judge refuses the source plays no part.",
+        "A case in `submissions` is a claim that is not deserved, verified three times; the naive scorer is then one",
+        "of the protocols in use: ten runs of which those that failed are dropped, one run's loss, one pair's times.",
         "",
         *(f"- {name}: " + ", ".join(f"{n} {verdict}" for verdict, n in c.items()) for name, c in counts.items()),
         "",
@@ -71,6 +80,11 @@ def page(found: dict[str, Any]) -> str:
     for name, outcome in first.items():
         cells = [_cell(found["outcomes"][s].get(name)) for s in sandboxes]
         lines.append(f"| {name} | {', '.join(outcome['threats'])} | {' | '.join(cells)} | {_short(outcome['naive'])} |")
+    lines += ["", "## Bounded", "", "Not stopped, but worth no more than this.", ""]
+    lines += ["| what | threats | gain | measured by |", "| --- | --- | --- | --- |"]
+    for each in attacks.load_bounded():
+        evidence = f"`{each.command}` ([results](../benchmarks/results/{each.results}))"
+        lines.append(f"| {each.idea} | {', '.join(each.threats)} | {each.gain} | {evidence} |")
     return "\n".join(lines) + "\n"
 
 
@@ -98,7 +112,7 @@ def main() -> int:
     for number, sandbox in enumerate(chosen):
         run(sandbox, found, naive=number == 0)
     PAGE.write_text(page(found))
-    bad = [f"{s}: {n}" for s, rows in found["outcomes"].items() for n, o in rows.items() if o["verdict"] in BAD]
+    bad = [f"{s}: {n}" for s, rows in found["outcomes"].items() for n, o in rows.items() if o["verdict"] in attacks.BAD]
     print("\n".join(bad) or "none got through, no control was refused")
     return 1 if bad else 0
 

@@ -135,7 +135,8 @@ class Timed(Setting):
         does not depend on what else runs here."""
         used, most = line.cpu_seconds() - self._cpu_before, self.limits.setup_cpu_s
         if used > most:
-            raise RunFailed("setup_too_long", f"the set-up took {used:.2f} CPU seconds; the tier allows {most:g}")
+            told = f"the set-up took {used:.2f} CPU seconds; the tier allows {most:g}"
+            raise RunFailed("setup_too_long", f"{told} (more torch threads than cores make it longer)")
 
     def _batch(self, rows: int, length: int, order: int) -> data.Tokens | None:
         """The next windows, random before the start; None when the tokens are spent."""

@@ -146,7 +146,8 @@ def attack(
             step(case.name)
             outcomes.append(suite.run(case))
         kind = backend.kind()
-    bad = [o for o in outcomes if o.verdict in ("PASSED THROUGH", "REFUSED")]
+    outcomes += [bounded.outcome() for bounded in attacks.load_bounded() if only in bounded.name]
+    bad = [o for o in outcomes if o.verdict in attacks.BAD]
     if as_json:
         print_json({"sandbox": kind, "outcomes": [o.model_dump() for o in outcomes], "ok": not bad})
     else:

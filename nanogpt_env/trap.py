@@ -45,6 +45,8 @@ class Trap:
     def __init__(self, validation: Sequence[Path] = ()) -> None:
         self.token = f"nanogpt-{secrets.token_hex(8)}"
         self.facts: dict[str, Any] = {"TOKEN": self.token, "CONTENT": [str(path) for path in validation]}
+        self.missing: set[str] = set()
+        """what this host does not have, so that it cannot be tried"""
         self._reached: set[str] = set()
         self._stack = contextlib.ExitStack()
 
@@ -163,7 +165,10 @@ class Trap:
         listener = stack.enter_context(socket.socket(family, kind))
         try:
             listener.bind(address)
-        except OSError:  # no IPv6 here
+        except OSError:
+            if family != socket.AF_INET6:
+                raise
+            self.missing.add("IPv6")
             return 9
         if kind == socket.SOCK_STREAM:
             listener.listen()

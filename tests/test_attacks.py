@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
@@ -10,14 +11,19 @@ from pathlib import Path
 import pytest
 
 from nanogpt_env import attacks, content
+from nanogpt_env.attacks.cases import RESOURCES, Measured, load_case
+from nanogpt_env.attacks.suite import judge
 from nanogpt_env.backends.local import LocalBackend
 from nanogpt_env.trap import EFFECTS, Trap, validation_files
 
 CASES = {case.name: case for case in attacks.load_cases()}
 HOSTILE = [name for name, case in CASES.items() if not case.honest]
 HONEST = [name for name, case in CASES.items() if case.honest]
+FIGURE = re.compile(r"\d+\.?\d*")
 # the naive scorer would be asked here too, but what these do to a machine is better done elsewhere: --naive
-FAST = [name for i, name in enumerate(HOSTILE) if i % 7 == 0]
+SHORT = [name for name, case in CASES.items() if case.track != "submissions"]
+FAST = [name for name in SHORT if name in HOSTILE][::7]
+SUBMISSION = "submissions/g50_leaves_when_unlucky"
 THREATS = re.compile(r"[A-J]\d+")
 ROOT = Path(__file__).parents[1]
 
@@ -50,22 +56,46 @@ def under_landlock(tmp_path_factory):
 
 def test_there_are_enough_of_both_kinds():
     assert len(HOSTILE) >= 60 and len(HONEST) >= 10
-    assert {CASES[name].track for name in HOSTILE} == {"steps", "wallclock", "free", "actions"}
+    assert {CASES[name].track for name in HOSTILE} == {"steps", "wallclock", "free", "submissions", "actions"}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_says_what_it_is(name):
     case = CASES[name]
     assert all(THREATS.fullmatch(threat) for threat in case.threats) and bool(case.threats) != case.honest
-    assert case.honest or case.gains in {"score", "left", *EFFECTS, *attacks.RESOURCES}
+    assert case.honest or case.gains in {"score", "left", "accepted", "crash", *EFFECTS, *RESOURCES}
     assert case.idea.endswith(".") and len(case.idea) < 120
 
 
-@pytest.mark.parametrize("name", [*FAST, *HONEST])
+@pytest.mark.parametrize("name", [*FAST, *(name for name in SHORT if name in HONEST)])
 def test_none_gets_through_and_all_fool_the_naive_scorer(in_bubblewrap, name):
     outcome = in_bubblewrap.run(CASES[name])
     assert outcome.verdict in (("honest",) if name in HONEST else ("caught", "no effect")), outcome
     assert name in HONEST or outcome.naive, "this is no attack"
+
+
+def test_a_claim_that_is_not_deserved_is_refused_each_time(in_bubblewrap, monkeypatch):
+    monkeypatch.setattr(in_bubblewrap, "ask_naive", False)
+    monkeypatch.setattr(in_bubblewrap.naive, "target", lambda: 4.06)
+    assert in_bubblewrap.run(CASES[SUBMISSION]).verdict == "caught"
+
+
+def test_what_this_host_does_not_have_is_not_tried(in_bubblewrap, monkeypatch):
+    monkeypatch.setattr(in_bubblewrap.trap, "missing", {"IPv6"})
+    outcome = in_bubblewrap.run(CASES["steps/f43_connects_by_ipv6"])
+    assert outcome.verdict == "not applicable" and "IPv6" in outcome.detail
+
+
+@pytest.mark.parametrize("bounded", attacks.load_bounded(), ids=lambda bounded: bounded.name)
+def test_a_bound_is_what_was_measured(bounded):
+    results = json.loads((ROOT / "benchmarks" / "results" / bounded.results).read_text())
+    told = FIGURE.findall(bounded.gain)
+    for path in bounded.figures:
+        value = results
+        for key in path.split("."):
+            value = value[int(key) if isinstance(value, list) else key]
+        assert any(abs(abs(value) - float(t)) <= 0.5 * 10.0 ** -len(t.partition(".")[2]) + 1e-9 for t in told), path
+    assert results["command"] == bounded.command
 
 
 @pytest.mark.parametrize("name", [n for n in FAST if CASES[n].track == "steps"][::2] + HONEST[:1])
@@ -99,14 +129,14 @@ def test_what_gets_through_is_seen(tmp_path):
 )
 def test_a_gain_is_a_better_loss_or_the_same_sooner(loss, seconds, reason, verdict):
     case = CASES["wallclock/a01_prints_at_exit"]
-    control = attacks.Measured(loss=4.0, seconds=1.0)
-    assert attacks.judge(case, attacks.Measured(loss=loss, seconds=seconds, exit_reason=reason), control)[0] == verdict
+    control = Measured(loss=4.0, seconds=1.0)
+    assert judge(case, Measured(loss=loss, seconds=seconds, exit_reason=reason), control)[0] == verdict
 
 
 def test_a_file_without_settings_is_refused(tmp_path):
     (tmp_path / "x.py").write_text("import torch\n")
     with pytest.raises(ValueError, match="does not begin with an attack block"):
-        attacks.load_case(tmp_path / "x.py")
+        load_case(tmp_path / "x.py")
 
 
 def test_the_trap_finds_nothing_where_nothing_was_done(tmp_path):

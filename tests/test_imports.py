@@ -23,7 +23,8 @@ LAYERS = [
     "replay", "tables", "tracks", "tiers", "claims", "workspace", "judging", "judging.static", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "episode", "resume", "report", "spaces", "env", "agents", "plots", "measure", "calibrate", "calibrate_wallclock",
-    "trap", "testing", "attacks", "display", "cli_options", "cli_host", "cli_tiers", "cli",
+    "trap", "testing", "attacks.cases", "attacks.naive", "attacks.suite", "attacks",
+    "display", "cli_options", "cli_host", "cli_tiers", "cli",
 ]  # fmt: skip
 
 

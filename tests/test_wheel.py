@@ -160,7 +160,8 @@ env.close()
 def test_attacks_can_be_run_from_it(site):
     code = """
 from nanogpt_env import attacks
-print(len(attacks.load_cases()), attacks.load_tier(attacks._tier("free"), calibrated=False).name)
+cases = attacks.load_cases()
+print(len(cases), next(case for case in cases if case.track == "free").load_tier().name, len(attacks.load_bounded()))
 """
-    count, name = python(code, site)
-    assert int(count) > 70 and name == "tiny-free"
+    count, name, bounded = python(code, site)
+    assert int(count) > 70 and name == "tiny-free" and int(bounded) > 3

@@ -1,5 +1,6 @@
 """A scorer as one writes it at first, for update rules: imports the candidate, has the data beside it, evaluates in the
-same process and prints the result. `python steps.py STEPS`, in a folder with optimizer.py, model.py and two .bin files.
+same process and prints the result. `python steps.py STEPS SEED`, in a folder with optimizer.py, model.py and two .bin
+files.
 """
 
 import sys
@@ -11,12 +12,18 @@ import torch
 sys.path.insert(0, ".")
 from model import GPT, ModelConfig
 
-STEPS, ROWS, LENGTH = int(sys.argv[1]), 8, 128
+STEPS, SEED, ROWS, LENGTH = int(sys.argv[1]), int(sys.argv[2]), 8, 128
 torch.set_num_threads(1)
 train = np.memmap("train.bin", np.uint16, "r")
 val = np.memmap("val.bin", np.uint16, "r")
 model = GPT(ModelConfig(layers=2, width=64, heads=2, vocab_size=1024, seq_len=LENGTH))
-model.initialize(torch.Generator().manual_seed(0))
+
+
+def seed_everything(seed):
+    global first
+    first = 100 * seed
+    torch.manual_seed(seed)
+    model.initialize(torch.Generator().manual_seed(seed))
 
 
 def windows(tokens, first):
@@ -27,7 +34,7 @@ def windows(tokens, first):
 
 
 def batch(step):
-    return windows(train, step)
+    return windows(train, first + step)
 
 
 @torch.no_grad()
@@ -35,6 +42,7 @@ def evaluate():
     return float(np.mean([model(*windows(val, i)) for i in range(8)]))
 
 
+seed_everything(SEED)
 import optimizer as candidate
 
 params = dict(model.named_parameters())

@@ -1,6 +1,7 @@
 # /// attack
 # threats = ["F43"]
 # gains = "tcp6"
+# needs = ["IPv6"]
 # ///
 """Sends something out by TCP over IPv6."""
 

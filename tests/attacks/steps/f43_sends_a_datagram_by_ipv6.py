@@ -1,6 +1,7 @@
 # /// attack
 # threats = ["F43"]
 # gains = "udp6"
+# needs = ["IPv6"]
 # ///
 """Sends something out by UDP over IPv6."""
 

@@ -1,0 +1,8 @@
+# /// attack
+# threats = ["G50", "G52", "B11"]
+# gains = "accepted"
+# record = "normuon"
+# claim = 135
+# naive = "one run"
+# ///
+"""An honest program, submitted with a claim somewhat too small until it is lucky."""

@@ -1,0 +1,8 @@
+# /// attack
+# threats = []
+# gains = ""
+# record = "normuon"
+# claim = 155
+# naive = "ten runs"
+# ///
+"""The anchor, with steps to spare."""
