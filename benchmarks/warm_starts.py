@@ -100,6 +100,7 @@ class Spare(Cold):
 class Forked(Cold):
     def __init__(self) -> None:
         self.backend = LocalBackend("bubblewrap", warm=True)
+        self.backend.prepare()
 
     def cpu(self) -> float:
         server = self.backend._server

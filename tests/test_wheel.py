@@ -84,7 +84,8 @@ def test_every_tier_comes_with_its_calibration(names):
 def test_every_module_and_the_type_marker_are_in_it_and_nothing_else(names):
     package = {name for name in names if name.startswith("nanogpt_env/") and "/_content/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nanogpt_env").rglob("*.py")}
-    assert package == modules | {"nanogpt_env/py.typed"}
+    records = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nanogpt_env" / "human_records").iterdir()}
+    assert package == modules | records | {"nanogpt_env/py.typed"}
     assert not any(Path(name).name.startswith(("test_", "conftest")) for name in names if name.endswith(".py"))
     assert not any(part in name for name in names for part in ("__pycache__", "/tests/", "/docs/", ".git/"))
 
