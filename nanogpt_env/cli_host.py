@@ -124,13 +124,16 @@ def attack(
     naive: Annotated[
         bool, typer.Option(help="Run them by the naive scorer, too: on this machine, outside of any sandbox.")
     ] = False,
-    fast: Annotated[bool, typer.Option("--fast", help="Every fifth case, and the honest controls.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Every fifth case and the honest controls, no whole submissions.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Run hostile and honest candidates on this host, and say what became of each. Exit code 1 if one got through."""
     cases = [case for case in attacks.load_cases() if only in case.name]
     if fast:
-        cases = [case for i, case in enumerate(cases) if case.honest or i % 5 == 0]
+        short = [case for case in cases if case.track != "submissions"]
+        cases = [case for i, case in enumerate(short) if case.honest or i % 5 == 0]
     if not cases:
         raise typer.BadParameter(f"no case has {only!r} in its name")
     corpus = content.content_root() / "gpu_backend" / "corpora"
