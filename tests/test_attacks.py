@@ -76,7 +76,7 @@ def test_none_gets_through_and_all_fool_the_naive_scorer(in_bubblewrap, name):
 
 def test_a_claim_that_is_not_deserved_is_refused_each_time(in_bubblewrap, monkeypatch):
     monkeypatch.setattr(in_bubblewrap, "ask_naive", False)
-    monkeypatch.setattr(in_bubblewrap.naive, "target", lambda: 4.06)
+    monkeypatch.setattr(in_bubblewrap.naive, "asked", False)
     assert in_bubblewrap.run(CASES[SUBMISSION]).verdict == "caught"
 
 

@@ -44,11 +44,12 @@ class NaiveScorer:
     """Runs a candidate in a subprocess that holds the data and evaluates itself, and takes the last match of a regular
     expression in its output, or in a file result.txt, for the result. Its drivers are in tests/attacks/naive."""
 
-    def __init__(self, trap: Trap, folder: Path) -> None:
-        self.trap, self.folder = trap, folder
+    def __init__(self, trap: Trap, folder: Path, asked: bool = True) -> None:
+        self.trap, self.folder, self.asked = trap, folder, asked
         self._controls: dict[str, Measured] = {}
         self._weights: dict[str, Any] = {}
         self._target = math.nan
+        self._seeds: dict[str, int] = {}
 
     def gain(self, case: Case) -> str:
         """What the case gets; empty: nothing, so it is no attack."""
@@ -81,8 +82,11 @@ class NaiveScorer:
 
     def lucky_seed(self, case: Case) -> int:
         """The best of some, for the record that the case follows."""
-        honest = case.model_copy(update={"source": "", "needs": ()})
-        return 1 + min(enumerate(run.loss for run in self._reruns(honest, TRIES)), key=lambda pair: pair[1])[0]
+        if case.name not in self._seeds:
+            honest = case.model_copy(update={"source": "", "needs": ()})
+            losses = [run.loss for run in self._reruns(honest, TRIES)]
+            self._seeds[case.name] = 1 + losses.index(min(losses))
+        return self._seeds[case.name]
 
     def _verify(self, case: Case) -> str:
         """As protocols that are in use do: the one of ten runs that dropped those that failed, and found equal losses
@@ -146,9 +150,9 @@ class NaiveScorer:
         if "weights" in case.needs:
             more |= self.weights()
         if "lucky seed" in case.needs:
-            more["LUCKY"] = self.lucky_seed(case)
+            more["LUCKY"] = self.lucky_seed(case) if self.asked else 1
         if "target" in case.needs:
-            more["TARGET"] = self.target()
+            more["TARGET"] = self.target() if self.asked else case.load_tier().table.training.target
         return case.before() + self.trap.source(case.source, **more)
 
     def action(self, case: Case) -> str:

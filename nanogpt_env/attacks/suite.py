@@ -24,7 +24,7 @@ class Suite:
 
     def __init__(self, backend: Backend, trap: Trap, folder: Path, ask_naive: bool) -> None:
         self.backend, self.trap, self.ask_naive = backend, trap, ask_naive
-        self.naive = NaiveScorer(trap, folder)
+        self.naive = NaiveScorer(trap, folder, ask_naive)
         self._control: dict[str, Measured] = {}
 
     def run(self, case: Case) -> Outcome:
