@@ -19,6 +19,7 @@ from rich.table import Table
 from nanogpt_env import display
 from nanogpt_env.cli_host import add_host_commands
 from nanogpt_env.cli_options import DirArgument, JsonOption, SandboxOption, TierOption
+from nanogpt_env.cli_records import records_app
 from nanogpt_env.cli_tiers import tiers_app
 from nanogpt_env.display import console, errors, print_json, say
 from nanogpt_env.env import Speedrun, StepResult
@@ -52,6 +53,7 @@ def _options(
 
 
 app.add_typer(tiers_app, name="tiers")
+app.add_typer(records_app, name="records")
 add_host_commands(app)
 
 

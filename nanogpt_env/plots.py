@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from nanogpt_env.human import PublicTable
 from nanogpt_env.tracks import StepsTier, Tier
 
 SMOOTHING = 10  # steps averaged in the training curves
@@ -31,6 +32,38 @@ def episode(path: Path, tier: Tier, runs: list[dict[str, Any]], verdicts: list[d
         axes.set_ylim(min([*ends, target]) - 0.05, max([*ends, target]) + 0.3)
     axes.set_ylabel("loss, nats per token")
     axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def records(path: Path, table: PublicTable, human_only: bool = False) -> None:
+    """The best public record over time, on a logarithmic scale if it fell to less than half; records that credit an AI
+    system and those that came by a newer torch only are marked. Raises as `episode`."""
+    import matplotlib.figure
+
+    rows = sorted((r for r in table.curve(human_only) if r.date), key=lambda r: (r.date, -r.value))
+    days: dict[int, Any] = {r.number: r.date for r in rows}
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.step(list(days.values()), [r.value for r in rows], where="post", color="C0", linewidth=1)
+    kinds = {
+        "people": ("o", "C0", [r for r in rows if not r.ai_system and not r.framework_upgrade_only]),
+        "credits an AI system": ("D", "C3", [r for r in rows if r.ai_system]),
+        "newer torch only": ("s", "grey", [r for r in rows if r.framework_upgrade_only]),
+    }
+    for label, (marker, colour, found) in kinds.items():
+        if found:
+            axes.plot(
+                [days[r.number] for r in found], [r.value for r in found], marker, color=colour, ms=4, label=label
+            )
+    if rows[0].value > 2 * rows[-1].value:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_ylabel("steps" if table.metric == "steps" else "minutes on 8 H100")
+    axes.set_title(f"Public records, {table.track} track, to a validation loss of {table.target_val_loss:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.autofmt_xdate()
     figure.savefig(path, dpi=120)
 
 

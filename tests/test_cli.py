@@ -14,6 +14,7 @@ from helpers import copy_tier
 
 import nanogpt_env
 from nanogpt_env.cli import app
+from nanogpt_env.cli_records import records_app
 from nanogpt_env.cli_tiers import tiers_app
 from nanogpt_env.slots import Slots
 from nanogpt_env.tiers import builtin_tiers, load_tier
@@ -24,8 +25,8 @@ TIER = load_tier(TINY)
 FAST = TIER.records["fast"]
 CLAIM = TIER.measured.records["fast"].claim or FAST.horizon
 COMMANDS = [
-    "doctor", "attack", "image", "tiers list", "tiers show", "tiers calibrate", "tiers time", "new", "run", "submit",
-    "play", "replay",
+    "doctor", "attack", "image", "tiers list", "tiers show", "tiers calibrate", "tiers time", "records list",
+    "records show", "records plot", "new", "run", "submit", "play", "replay",
 ]  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def candidate(tmp_path):
 
 def test_the_commands_are_those_tested():
     names = [c.name or c.callback.__name__ for c in app.registered_commands]
-    names += [f"tiers {c.name}" for c in tiers_app.registered_commands]
+    groups = {"tiers": tiers_app, "records": records_app}
+    names += [f"{name} {c.name}" for name, group in groups.items() for c in group.registered_commands]
     assert sorted(names) == sorted(COMMANDS)
 
 
@@ -393,3 +395,29 @@ def test_attack_without_a_case_is_misuse():
 def test_an_image_needs_an_engine():
     done = call("image", env={**os.environ, "DOCKER_HOST": "unix:///nowhere"})
     assert done.returncode == 3 and "no Docker daemon at /nowhere" in done.stderr
+
+
+def test_records_are_listed_shown_and_drawn(tmp_path):
+    listed = call_json("records", "list")["records"]
+    assert len(listed) == 20 and listed[-1]["number"] == 46
+    assert [r["number"] for r in listed if not r["judged_again"]["passes"]] == [1, 3]
+    assert len(call_json("records", "list", "--track", "short", "--every", "--human-only")["records"]) == 86
+    assert "Hiverge" in call("records", "list", "--track", "short").stdout
+    assert call_json("records", "show", "before 2025-09-04", "--track", "short")["number"] == 29
+    assert "2690" in call("records", "show", "latest").stdout
+    assert call("records", "plot", tmp_path / "records.png").returncode == 0
+    assert (tmp_path / "records.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("show", "0"), "1 to 46"),
+        (("show", "now"), "before DATE"),
+        (("list", "--track", "long"), "short, medium, optimization"),
+        (("plot", "/no/x.png"), "/no/x.png"),
+    ],
+)
+def test_a_record_that_there_is_not_is_refused(arguments, told):
+    done = call("records", *arguments)
+    assert done.returncode != 0 and told in done.stderr

@@ -20,11 +20,12 @@ HEAVY = {"torch", "scipy", "docker", "openai", "anthropic", "rich", "typer", "ma
 # them first, re-exports what users need.
 LAYERS = [
     "errors", "types", "human", "public_rules", "actions", "content", "slots", "stats", "timing", "trials",
-    "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "claims", "workspace", "judging", "judging.static", "backends",
+    "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "claims", "workspace", "judging",
+    "judging.static", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "episode", "resume", "report", "spaces", "env", "agents", "plots", "measure", "calibrate", "calibrate_wallclock",
     "trap", "testing", "attacks.cases", "attacks.naive", "attacks.suite", "attacks",
-    "display", "cli_options", "cli_host", "cli_tiers", "cli",
+    "display", "cli_options", "cli_host", "cli_records", "cli_tiers", "cli",
 ]  # fmt: skip
 
 
