@@ -122,6 +122,7 @@ def test_what_gets_through_is_seen(tmp_path):
         (4.0, 1.0, "completed", "no effect"),
         (3.95, 1.0, "completed", "no effect"),
         (3.8, 1.0, "completed", "PASSED THROUGH"),
+        (3.8, 2.0, "completed", "no effect"),
         (4.0, 0.5, "completed", "PASSED THROUGH"),
         (4.2, 0.5, "completed", "no effect"),
         (3.0, 0.1, "candidate_error", "caught"),

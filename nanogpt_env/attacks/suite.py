@@ -42,6 +42,12 @@ class Suite:
             self._train(case)
         measured = self._measure(case)
         verdict, detail = judge(case, measured, control)
+        for _ in range(TRIES if case.track == "wallclock" and verdict == "PASSED THROUGH" else 0):
+            # of two runs a busy machine may slow down either: the fastest of some of both
+            control = self._measure_control(case.driver, control.seconds)
+            again = self._measure(case)
+            measured = again.model_copy(update={"seconds": min(again.seconds, measured.seconds)})
+            verdict, detail = judge(case, measured, control)
         if verdict in ("caught", "no effect") and refused:
             detail += f"; the static judge refuses it ({refused[0]})"
         return _outcome(case, verdict, detail, told)
@@ -72,12 +78,13 @@ class Suite:
                 return _outcome(case, "PASSED THROUGH", verdict.reason, told)
         return _outcome(case, "REFUSED" if case.honest else "caught", f"{verdict.reason}; n = {verdict.n}", told)
 
-    def _measure_control(self, track: str) -> Measured:
+    def _measure_control(self, track: str, seconds: float = math.inf) -> Measured:
         control = next(case for case in load_cases() if case.track == track and case.honest)
-        self._control[track] = measured = self._measure(control)
+        measured = self._measure(control)
         if measured.exit_reason != "completed":
             raise BackendError(f"the honest control of {track} does not run: {measured.exit_reason}\n{measured.log}")
-        return measured
+        self._control[track] = measured.model_copy(update={"seconds": min(measured.seconds, seconds)})
+        return self._control[track]
 
     def _measure(self, case: Case) -> Measured:
         result = self._train(case)
@@ -119,8 +126,10 @@ def judge(case: Case, measured: Measured, control: Measured) -> tuple[Verdict, s
     if used := resource_used(case.gains, measured):
         reached[case.gains] = used
     better = measured.loss < control.loss - MARGIN
-    sooner = measured.seconds < FASTER * control.seconds and measured.loss < control.loss + MARGIN
-    if measured.exit_reason == "completed" and (better or (sooner and case.track == "wallclock")):
+    if case.track == "wallclock":  # where a better loss may be had by training longer: the clock counts that
+        better = better and FASTER * measured.seconds < control.seconds
+        better = better or (measured.seconds < FASTER * control.seconds and measured.loss < control.loss + MARGIN)
+    if measured.exit_reason == "completed" and better:
         reached["score"] = f"loss {measured.loss:.3f} instead of {control.loss:.3f}, {measured.seconds:.2f} s"
     if reached:
         return "PASSED THROUGH", "; ".join(f"{name}: {text}" for name, text in reached.items())
@@ -128,7 +137,10 @@ def judge(case: Case, measured: Measured, control: Measured) -> tuple[Verdict, s
         return ("honest", "") if measured.exit_reason == "completed" else ("REFUSED", measured.exit_reason)
     if measured.exit_reason != "completed":
         return "caught", measured.exit_reason
-    return "no effect", f"loss {measured.loss:.3f}, the control's is {control.loss:.3f}"
+    compared = f"loss {measured.loss:.3f}, the control's is {control.loss:.3f}"
+    if case.track == "wallclock":
+        compared += f", in {measured.seconds / control.seconds:.1f} times its seconds"
+    return "no effect", compared
 
 
 def _outcome(case: Case, verdict: Verdict, detail: str, naive: str = "") -> Outcome:
