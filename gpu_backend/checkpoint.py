@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -75,7 +76,10 @@ def declaration(text: bytes, data_bytes: int) -> Declaration:
 def load(data: bytes, layout: Layout) -> dict[str, Tensor]:
     """Tensors by name, as float32. Raises `CheckpointError`."""
     check(data, layout)
-    return {name: tensor.float() for name, tensor in safetensors.torch.load(data).items()}
+    try:
+        return {name: tensor.float() for name, tensor in safetensors.torch.load(data).items()}
+    except safetensors.SafetensorError:  # it asks for more than `check` does
+        raise CheckpointError("header") from None
 
 
 def check(data: bytes, layout: Layout, dtypes: Mapping[str, str] | None = None) -> None:
@@ -99,7 +103,9 @@ def _header(data: bytes) -> dict[str, object]:
     if len(data) < 8 or size > min(MAX_HEADER_BYTES, len(data) - 8):
         raise CheckpointError("header")
     header = _json(data[8 : 8 + size], "header")
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise CheckpointError("header")
     return header
 
 

@@ -24,6 +24,7 @@ _SET_DUMPABLE, _CAPBSET_DROP, _SET_NO_NEW_PRIVS, _CAP_AMBIENT = 4, 24, 38, 47
 _AMBIENT_CLEAR_ALL, _CAPABILITY_V3 = 4, 0x20080522
 NOBODY = 65534
 CONTROL_FD = 3
+INODES = 4096  # of a scratch folder: they are kernel memory
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -70,7 +71,7 @@ def _mounts(scratch_bytes: int) -> int:
     _mount("proc", "/proc", _RDONLY | _NOSUID | _NODEV | _NOEXEC)
     kept = [(p, os.open(p, os.O_PATH)) for p in _mount_points("/tmp/")]  # an interpreter below /tmp
     for scratch in ("/tmp", "/dev/shm"):
-        _mount("tmpfs", scratch, _NOSUID | _NODEV, f"size={scratch_bytes},mode=0755")
+        _mount("tmpfs", scratch, _NOSUID | _NODEV, f"size={scratch_bytes},nr_inodes={INODES},mode=0755")
     for path, fd in kept:
         Path(path).mkdir(parents=True, exist_ok=True)
         _call("mount", f"/proc/self/fd/{fd}".encode(), path.encode(), b"", _BIND | _REC, b"")

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import confine
 import owner
 import visible
 from cgroups import LIBRARY_BYTES
@@ -146,7 +147,7 @@ def settings(
     types = importlib.import_module("docker.types")
     own_python = image.labels[VARIANT_LABEL] == "host"
     binds = {str(HERE / file): f"{INSIDE}/{file}" for file in FILES} | {folder: _LINE}
-    scratch = {"/tmp": f"size={SCRATCH_BYTES},mode=1777"}
+    scratch = {"/tmp": f"size={SCRATCH_BYTES},nr_inodes={confine.INODES},mode=1777"}
     if own_python:
         shown = [*visible.roots(), *visible.packages()]
         binds |= {str(path): str(path) for path in shown if not visible.is_link(path)}

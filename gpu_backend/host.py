@@ -119,3 +119,5 @@ def _limit(memory_bytes: int, threads: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20,) * 2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if hasattr(resource, "RLIMIT_SIGPENDING"):
+        resource.setrlimit(resource.RLIMIT_SIGPENDING, (256, 256))  # counted for the user, as the host sees it

@@ -66,13 +66,16 @@ class Process:
 
     def peak_bytes(self) -> int:
         """The most memory it has had resident; 0 where the system does not say."""
-        try:
-            # the process's name is the candidate's to choose: any bytes
-            status = Path(f"/proc/{self.pid}/status").read_text(errors="replace")
-        except OSError:
-            return 0
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.partition("\n")[2], re.MULTILINE)  # past the name
-        return int(found[1]) * 1024 if found else 0
+        most = 0
+        for path in Path(f"/proc/{self.pid}/task").glob(
+            "*/status"
+        ):  # a thread that has ended says nothing, the first too
+            with contextlib.suppress(OSError):
+                # the process's name is the candidate's to choose: any bytes
+                status = path.read_text(errors="replace")
+                found = re.search(r"^VmHWM:\s+(\d+) kB$", status.partition("\n")[2], re.MULTILINE)  # past the name
+                most = max(most, int(found[1]) * 1024 if found else 0)
+        return most
 
     def pin(self, cores: list[int]) -> None:
         """Keep the process, which has one thread so far, to these cores (Linux)."""

@@ -37,7 +37,15 @@ _OF_A_FILE = _EXECUTE | _WRITE_FILE | _READ_FILE
 _TCP, _SCOPES = 0b11, 0b11  # bind and connect; abstract sockets and signals
 LEAST_ABI = 3
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-_SYSTEM = ("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/sys/devices/system/cpu")
+# of /proc/self nothing below net and task: without a namespace of its own that is the host's network
+_OWN = ("auxv", "cgroup", "cmdline", "fd", "limits", "maps", "mountinfo", "smaps", "stat", "statm", "status")
+_SYSTEM = (
+    *(f"/proc/self/{name}" for name in _OWN),
+    "/proc/cpuinfo",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/sys/devices/system/cpu",
+)
 _CAPBSET_DROP, _SET_NO_NEW_PRIVS, _CAP_AMBIENT = 24, 38, 47
 _CAPABILITY_V3 = 0x20080522
 

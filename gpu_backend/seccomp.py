@@ -1,6 +1,6 @@
 """A seccomp filter for candidate processes: threads but no new processes, no sockets but AF_UNIX,
-and none of the calls that reach other processes, hold memory outside RLIMIT_AS, tell what is in the page cache
-or load kernel code.
+and none of the calls that reach other processes, hold memory outside RLIMIT_AS, tell what is in the page cache,
+make others wait, use up what the whole host shares, or load kernel code.
 
 bubblewrap applies it (`--seccomp FD`), or the process itself (restrict.py). Denied calls fail with EPERM, so honest
 code that probes for a feature falls back instead of dying. `clone3` answers ENOSYS because its flags lie behind a
@@ -60,6 +60,14 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "cachestat": (451, 451),
     "preadv2": (327, 286),  # RWF_NOWAIT
     "fadvise64": (221, 223),
+    "process_madvise": (440, 440),
+    # who opens and changes which shared file, and when
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    # counted for the user of the host, or for all of it: whoever takes all leaves others none
+    "io_setup": (206, 0),
+    "timer_create": (222, 107),
 }
 # without namespaces: other processes of the user, their IPC objects, and of files what Landlock leaves alone
 _DENIED_ALONE: dict[str, tuple[int | None, int | None]] = {
@@ -73,7 +81,6 @@ _DENIED_ALONE: dict[str, tuple[int | None, int | None]] = {
     "pidfd_open": (434, 434),
     "pidfd_getfd": (438, 438),
     "kcmp": (312, 272),
-    "process_madvise": (440, 440),
     "process_mrelease": (448, 448),
     "move_pages": (279, 239),
     "migrate_pages": (256, 238),
@@ -111,9 +118,6 @@ _DENIED_ALONE: dict[str, tuple[int | None, int | None]] = {
     "utimes": (235, None),
     "futimesat": (261, None),
     "utimensat": (280, 88),
-    "inotify_init": (253, None),
-    "inotify_init1": (294, 26),
-    "fanotify_init": (300, 262),
     "quotactl": (179, 60),
     "quotactl_fd": (443, 443),
     "name_to_handle_at": (303, 264),
@@ -123,9 +127,15 @@ _TGKILL = {"x86_64": 234, "aarch64": 131}
 _PRLIMIT = {"x86_64": 302, "aarch64": 261}
 _SOCKETPAIR = {"x86_64": 53, "aarch64": 199}
 _FCNTL, _IOCTL = {"x86_64": 72, "aarch64": 25}, {"x86_64": 16, "aarch64": 29}
-_F_SETOWN, _F_SETSIG, _F_SETOWN_EX = 8, 10, 15  # whom a descriptor signals, and with what
-_FIOSETOWN, _SIOCSPGRP = 0x8901, 0x8902
-_SOCK_DGRAM, _SOCK_TYPE_MASK = 2, 0xF
+_MADVISE = {"x86_64": 28, "aarch64": 233}
+# F_SETOWN, F_SETSIG, F_SETOWN_EX: whom a descriptor signals, and with what; F_SETLEASE: who opens the file waits for
+# the holder, other users of the host too; F_NOTIFY: who changes something in the folder
+_FCNTL_REFUSED = (8, 10, 15, 1024, 1026)
+# commands to file systems (flags, versions, attributes; a read-only descriptor is enough) and to sockets
+_IOCTL_REFUSED = tuple(kind << 8 for kind in (0x58, 0x66, 0x76, 0x89, 0x94))
+_IOCTL_KIND = 0xFF00
+_PAGES_OUT = (20, 21)  # MADV_COLD, MADV_PAGEOUT: for all who have the file mapped
+_SOCK_STREAM, _SOCK_SEQPACKET, _SOCK_TYPE_MASK = 1, 5, 0xF
 
 
 def _op(code: int, k: int, jump_true: int = 0, jump_false: int = 0) -> bytes:
@@ -165,23 +175,26 @@ def program(machine: str | None = None, alone: int = 0) -> bytes:
     code += _when(_CLONE[machine], 0, [_op(_JUMP_SET, _CLONE_THREAD, 0, 1), _op(_RETURN, _ALLOW)], _EPERM)
     # not the signal that ends the candidate when its trainer dies
     code += _when(_PRCTL[machine], 0, [_op(_JUMP_EQ, _PR_SET_PDEATHSIG, 0, 1), *_EPERM], _PASS)
+    code += _when(_FCNTL[machine], 1, _refuse(_FCNTL_REFUSED), _PASS)
+    code += _when(_IOCTL[machine], 1, [_op(_AND, _IOCTL_KIND), *_refuse(_IOCTL_REFUSED)], _PASS)
+    code += _when(_MADVISE[machine], 2, _refuse(_PAGES_OUT), _PASS)
     if alone:
         for call in (_KILL_CALL, _TGKILL):
             code += _when(call[machine], 0, [_op(_JUMP_EQ, alone, 0, 1), *_PASS], _EPERM)
         code += _when(_PRLIMIT[machine], 0, [_op(_JUMP_EQ, 0, 0, 1), *_PASS], _EPERM)
-        # a pair of datagram sockets can be made to write to any socket that has a name
-        code += _when(
-            _SOCKETPAIR[machine], 1, [_op(_AND, _SOCK_TYPE_MASK), _op(_JUMP_EQ, _SOCK_DGRAM, 0, 1), *_EPERM], _PASS
-        )
-        for call, commands in ((_FCNTL, (_F_SETOWN, _F_SETSIG, _F_SETOWN_EX)), (_IOCTL, (_FIOSETOWN, _SIOCSPGRP))):
-            refused = [op for command in commands for op in (_op(_JUMP_EQ, command, 0, 1), *_EPERM)]
-            code += _when(call[machine], 1, refused, _PASS)
+        # a pair of datagram sockets (SOCK_RAW makes one, too) can be made to write to any socket that has a name
+        connected = [op for kind in (_SOCK_STREAM, _SOCK_SEQPACKET) for op in (_op(_JUMP_EQ, kind, 0, 1), *_PASS)]
+        code += _when(_SOCKETPAIR[machine], 1, [_op(_AND, _SOCK_TYPE_MASK), *connected], _EPERM)
     else:
         code += _when(_SOCKET[machine], 0, [_op(_JUMP_EQ, _AF_UNIX, 0, 1), *_PASS], _EPERM)
     return b"".join([*code, *_PASS])
 
 
 _EPERM, _PASS = [_op(_RETURN, _ERRNO | errno.EPERM)], [_op(_RETURN, _ALLOW)]
+
+
+def _refuse(values: tuple[int, ...]) -> list[bytes]:
+    return [op for value in values for op in (_op(_JUMP_EQ, value, 0, 1), *_EPERM)]
 
 
 def _when(number: int, argument: int, checks: list[bytes], otherwise: list[bytes]) -> list[bytes]:

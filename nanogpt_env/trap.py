@@ -25,6 +25,7 @@ EFFECTS = {
     "udp6": "a socket on this host was reached",
     "abstract socket": "a socket on this host was reached",
     "named socket": "a socket on this host was reached",
+    "named datagram socket": "a socket on this host was reached",
     "route": "there is a route to other machines",
     "write": "files of this host were written",
     "change": "mode, date or size of a file was changed",
@@ -34,9 +35,13 @@ EFFECTS = {
     "see": "a process of this host was seen",
     "signal": "a process of this host was signalled or traced",
     "mount": "a file system was mounted",
+    "lease": "others wait for a file",
+    "quota": "something that the whole user shares was used up",
+    "watch": "it was told what others do with files",
+    "mark": "attributes of a file could be set",
 }
 """What `Trap.effects` can find. What nobody outside can see, candidates say: `probe NAME reached DETAIL`."""
-_SAID = ("route", "content", "mount")
+_SAID = ("route", "content", "mount", "lease", "quota", "watch", "mark")
 
 
 class Trap:
@@ -67,6 +72,7 @@ class Trap:
                              str(content.content_root()), sys.prefix, "/", "/etc", "/usr", "/var/tmp", "/dev",
                              "/dev/shm", "/tmp"]  # fmt: skip
             stack.callback(self.clean)
+            datagrams = str(self.folder / "datagrams")
             self._ports = {
                 "tcp": self._listen(stack, socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0)),
                 "udp": self._listen(stack, socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0)),
@@ -74,10 +80,12 @@ class Trap:
                 "udp6": self._listen(stack, socket.AF_INET6, socket.SOCK_DGRAM, ("::1", 0)),
                 "abstract socket": self._listen(stack, socket.AF_UNIX, socket.SOCK_STREAM, "\0" + self.token),
                 "named socket": self._listen(stack, socket.AF_UNIX, socket.SOCK_STREAM, str(self.folder / "socket")),
+                "named datagram socket": self._listen(stack, socket.AF_UNIX, socket.SOCK_DGRAM, datagrams),
             }
             self.facts |= {
                 "PORTS": self._ports,
                 "NAMED": str(self.folder / "socket"),
+                "DATAGRAMS": datagrams,
                 "FOLDERS": self._folders,
                 "VICTIM": str(self._victim),
                 "BYSTANDER": self._bystander.pid,
