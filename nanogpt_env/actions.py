@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from nanogpt_env.errors import ActionError
 from nanogpt_env.types import Record
@@ -15,7 +15,14 @@ from nanogpt_env.types import Record
 MAX_ACTION_BYTES = 1 << 20
 MAX_SEED = 2**31 - 1
 
-PositiveSteps = Annotated[int, Field(ge=1, le=10**9)]
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false")
+    return value
+
+
+PositiveSteps = Annotated[int, BeforeValidator(_no_truth), Field(ge=1, le=10**9)]
 
 
 class ReadFile(Record):
@@ -63,7 +70,7 @@ class Run(Record):
     type: Literal["run"] = "run"
     horizon: PositiveSteps | None = None
     steps: PositiveSteps | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    seed: Annotated[int, BeforeValidator(_no_truth), Field(ge=0, le=MAX_SEED)] | None = None
     wait: bool = True
 
 
@@ -160,15 +167,19 @@ def _from_flat(flat: dict[str, Any]) -> dict[str, Any]:
         index = operator.index(flat.pop("type"))
         if not 0 <= index < len(ACTION_NAMES):
             raise ValueError(f"type must be in 0..{len(ACTION_NAMES) - 1}")
+        if missing := {*_FLAT_TEXT, *_FLAT_INTEGER, "wait"} - flat.keys():
+            raise ValueError(
+                f"{', '.join(sorted(missing))} missing; an action by name, {{'type': 'run'}}, may be short"
+            )
         name = ACTION_NAMES[index]
         fields: dict[str, Any] = {"type": name}
         for key in _FLAT_TEXT:
-            if value := flat.pop(key, ""):
+            if value := flat.pop(key):
                 fields[_TEXT_FIELD.get(name, key) if key == "text" else key] = value
         for key in _FLAT_INTEGER:
-            if number := operator.index(flat.pop(key, 0)):
+            if number := operator.index(flat.pop(key)):
                 fields[key] = number
-        if not operator.index(flat.pop("wait", 1)):
+        if not operator.index(flat.pop("wait")):
             fields["wait"] = False
         if flat:
             raise ActionError(f"unknown fields: {', '.join(map(str, flat))[:1000]}")

@@ -117,6 +117,8 @@ def _load(env: Speedrun, folder: Path) -> None:
         errors.print(f"only {', '.join(files)} is part of a candidate; not used: {', '.join(others)}")
     env.reset()
     for name in files:
+        if (size := (folder / name).stat().st_size) > env.tier.table.limits.source_bytes:
+            raise ActionError(f"{name} may have {env.tier.table.limits.source_bytes} bytes, this has {size}")
         try:
             text = (folder / name).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

@@ -169,7 +169,10 @@ class Speedrun(gymnasium.Env[Observation, Any]):
     def step(self, action: Any) -> StepResult:
         """Do one action. Nothing the agent sends raises: a malformed or impossible action is an
         observation that says why, with `info["error"]` set. Raises only for failures of ours."""
-        episode = self._going()
+        with self.episode.step():
+            return self._step(self._going(), action)
+
+    def _step(self, episode: Episode, action: Any) -> StepResult:
         episode.collect()
         outcome, name = self._perform(action)
         episode.budget.charge("episode_steps")
@@ -212,10 +215,16 @@ class Speedrun(gymnasium.Env[Observation, Any]):
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Bring workspace and history back to a checkpoint of this episode. Raises `ActionError` otherwise."""
-        if checkpoint.get("episode") != self._going().id:
-            raise ActionError(f"the checkpoint is of episode {checkpoint.get('episode')}, this is {self.episode.id}")
+        try:
+            of, history = checkpoint["episode"], [(name, text) for name, text in checkpoint["history"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ActionError(f"not a checkpoint: {error!r}") from None
+        if of != self._going().id:
+            raise ActionError(f"the checkpoint is of episode {of}, this is {self.episode.id}")
+        if not all(isinstance(part, str) for entry in history for part in entry):
+            raise ActionError("not a checkpoint: its history is not of texts")
         self.workspace.load(checkpoint)
-        self.history = [(name, text) for name, text in checkpoint["history"]]
+        self.history = history
         self.episode.ledger.append("restore", snapshot=self.workspace.snapshot)
 
     def fork(self) -> Speedrun:

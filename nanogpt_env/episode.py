@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import secrets
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Episode:
         self.runs: dict[str, AgentRun] = {}
         self.verdicts: list[Verdict] = []
         self.over = ""
+        self._steps, self._finished, self._lock = 0, False, threading.Lock()
         self._submitted = 0
         self._by_program: dict[tuple[str, Plan | None], Verdict] = {}
         self.ledger = Ledger(self.folder / "ledger.jsonl")
@@ -284,20 +286,40 @@ class Episode:
         )
         return reward
 
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """While an action is being done the ledger stays open, whichever fork ends the episode meanwhile."""
+        with self._lock:
+            self._steps += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._steps -= 1
+            self._close()
+
     def end(self, reason: str) -> None:
-        """Cancel what runs, charge it, close the ledger. Safe to call twice."""
-        if self.over:
-            return
-        self.over = reason
+        """Cancel what runs, charge it, close the ledger once no action is under way. Safe to call twice."""
+        with self._lock:
+            if self.over:
+                return
+            self.over = reason
         for run in self.active:
             run.process.cancel()
         for run in self.active:
             with contextlib.suppress(BackendError):
                 run.process.result()
         self.collect()
+        self._close()
+
+    def _close(self) -> None:
+        with self._lock:
+            if not self.over or self._steps or self._finished:
+                return
+            self._finished = True
         try:
             fields = {"best": self.best, "recovered": self.recovered, "budget": self.budget.status()}
-            self.ledger.append("end", reason=reason, **fields)
+            self.ledger.append("end", reason=self.over, **fields)
         finally:
             self.ledger.close()
 

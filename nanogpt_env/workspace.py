@@ -100,7 +100,7 @@ class Workspace:
 
     def write(self, path: str, text: str) -> None:
         self._editable(path)
-        self.files[path] = self._checked(path, text)
+        self.files[path] = _checked(path, text, self.max_bytes)
 
     def edit(self, path: str, old: str, new: str) -> None:
         self._editable(path)
@@ -110,7 +110,7 @@ class Workspace:
                 f"`old` must occur exactly once in {path}, it occurs {found} times"
                 + ("; give more of the lines around it" if found else "")
             )
-        self.files[path] = self._checked(path, self.files[path].replace(old, new))
+        self.files[path] = _checked(path, self.files[path].replace(old, new), self.max_bytes)
 
     def patch(self, text: str) -> list[str]:
         """Apply a unified diff and return the changed paths. All hunks fit exactly or nothing changes."""
@@ -135,7 +135,7 @@ class Workspace:
             if not part:
                 raise ActionError(f"the patch has no hunk for {part.path}")
             before = changed.get(part.path, self.files[part.path])
-            changed[part.path] = self._checked(part.path, _apply(part, before))
+            changed[part.path] = _checked(part.path, _apply(part, before), self.max_bytes)
         self.files |= changed
         return list(changed)
 
@@ -148,10 +148,7 @@ class Workspace:
         return names[0]
 
     def note(self, text: str) -> None:
-        _utf8_size(NOTES, text)
-        if len(self.notes) + len(text) > NOTES_BYTES:
-            raise ActionError(f"notes are limited to {NOTES_BYTES} characters")
-        self.notes += text if text.endswith("\n") else text + "\n"
+        self.notes = _checked(NOTES, self.notes + (text if text.endswith("\n") else text + "\n"), NOTES_BYTES)
 
     def state(self) -> dict[str, Any]:
         """Files, notes and kept snapshots as JSON-ready data."""
@@ -166,12 +163,10 @@ class Workspace:
                 if set(files) != set(self.files):
                     raise ActionError(f"a checkpoint holds {', '.join(self.files)}, not {', '.join(map(str, files))}")
                 for path, text in files.items():
-                    self._checked(path, text)
-            notes = str(state["notes"])
+                    _checked(path, text, self.max_bytes)
+            notes = _checked(NOTES, state["notes"], NOTES_BYTES)
         except (AttributeError, KeyError, TypeError) as error:
             raise ActionError(f"not a checkpoint: {error!r}") from None
-        if len(notes) > NOTES_BYTES:
-            raise ActionError(f"notes are limited to {NOTES_BYTES} characters")
         self.files, self.notes = dict(state["files"]), notes
         self.snapshots |= {snapshot_hash(files): dict(files) for files in versions[1:]}
 
@@ -181,21 +176,18 @@ class Workspace:
         if path not in self.files:
             raise ActionError(f"only {', '.join(self.files)} can be edited, not {path!r}")
 
-    def _checked(self, path: str, text: str) -> str:
-        size = _utf8_size(path, text)
-        if size > self.max_bytes:
-            raise ActionError(f"{path} may have {self.max_bytes} bytes, this has {size}")
-        if bad := _INVISIBLE.search(text):
-            line = text.count("\n", 0, bad.start()) + 1
-            raise ActionError(f"{path} line {line}: control or invisible character U+{ord(bad[0]):04X}")
-        return text
 
-
-def _utf8_size(path: str, text: str) -> int:
+def _checked(path: str, text: str, max_bytes: int) -> str:
     try:
-        return len(text.encode())
+        size = len(text.encode())
     except UnicodeEncodeError:
         raise ActionError(f"{path} must be valid Unicode text") from None
+    if size > max_bytes:
+        raise ActionError(f"{path} may have {max_bytes} bytes, this has {size}")
+    if bad := _INVISIBLE.search(text):
+        line = text.count("\n", 0, bad.start()) + 1
+        raise ActionError(f"{path} line {line}: control or invisible character U+{ord(bad[0]):04X}")
+    return text
 
 
 def _apply(part: Any, text: str) -> str:

@@ -84,7 +84,8 @@ def test_a_float_number_of_steps_is_fine_if_it_is_whole():
 @pytest.mark.parametrize(
     "raw",
     [
-        None, 5, 1.5, math.nan, True, object(), [], [{"type": "stop"}], ("stop",), {"stop"}, bytearray(b"{}"), act.Run,
+        pytest.param(object(), id="object"), None, 5, 1.5, math.nan, True, [], [{"type": "stop"}], ("stop",), {"stop"},
+        bytearray(b"{}"), act.Run,
         "", "stop", "{", "[]", "null", "5", '"stop"', "NaN", '{"type": "stop"', '{"type": "stop"} x', "\ud800", "\0",
         b"", b"\xff\xfe", b"\x80", b'{"type": "stop"', b"\x00" * 10,
         '{"a":' * 100_000, "[" * 100_000, '{"type": "run", "steps": ' + "9" * 5000 + "}",
@@ -144,13 +145,20 @@ def test_the_refusal_names_what_was_wrong(raw, named):
         flat(type=5, text="x"), flat(type=5, claim=1), flat(type=8, steps=1), flat(type=8, wait=0),
         flat(type=10, path="x"), flat(type=10, other=1), flat(type=10) | {1: 1}, flat(type=10) | {10**5000: 1},
         flat(type=10) | {"\ud800": 1}, flat(type=2, new="x"), flat(type=3, patch="x"), {"type": 1, "path": 5},
-        '{"type": 5, "steps": Infinity}', '{"type": 1e999}', '{"type": -1}', '{"type": null}',
+        {"type": 5}, {"type": 10, "wait": 1}, '{"type": 5, "steps": Infinity}',
+        '{"type": 1e999}', '{"type": -1}', '{"type": null}',
     ],
     ids=lambda raw: repr(raw)[:30] if isinstance(raw, str) else None,
 )  # fmt: skip
 def test_a_wrong_flat_dict_is_refused(raw):
     with pytest.raises(ActionError):
         parse_action(raw)
+
+
+@pytest.mark.parametrize("field", ["claim", "horizon"])
+def test_true_is_no_number(field):
+    with pytest.raises(ActionError, match="not true or false"):
+        parse_action({"type": "submit", field: True})
 
 
 def test_an_empty_flat_sample_is_an_action_but_never_an_edit_by_accident():

@@ -51,6 +51,11 @@ def test_other_tensors_are_refused(state, expected):
     assert code(save(state)) == expected
 
 
+@pytest.mark.parametrize("notes", [5, None, [], {"format": 1}, {"format": None}])
+def test_notes_that_the_loader_does_not_take_are_refused_before(notes):
+    assert code(packed(GOOD | {"__metadata__": notes})) == "header"
+
+
 GOOD = {"a": entry([2, 3], 0, 24), "b": entry([4], 24, 40)}
 
 

@@ -122,6 +122,13 @@ def test_a_candidate_that_is_no_candidate(candidate, command, content, text, cod
     refused(call(command, candidate(content), "--tier", TINY, "--horizon", 50), text, code=code)
 
 
+def test_a_huge_file_is_not_read(candidate):
+    folder = candidate("x = 1\n")
+    with open(folder / "optimizer.py", "r+b") as file:
+        file.truncate(1 << 40)
+    refused(call("run", folder, "--tier", TINY), "may have 16384 bytes, this has 1099511627776", code=2)
+
+
 @pytest.mark.parametrize(("content", "code"), [("import os\n", 1), (None, 2)])
 def test_an_error_is_a_json_object_too(candidate, content, code):
     done = call("submit", candidate(content), "--tier", TINY, "--horizon", 50, "--json")

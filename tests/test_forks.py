@@ -1,11 +1,13 @@
 """Checkpoints, restore and forks."""
 
 import json
+import threading
+import time
 
 import gymnasium
 import pytest
 from episodes import CLAIM, FAST, SLOW, do, lines, share, spent
-from fakes import FakeBackend
+from fakes import FakeBackend, hidden_losses
 
 from nanogpt_env import ActionError, Note, Poll, ReadFile, Revert, Run, Stop, Submit, WriteFile
 
@@ -41,6 +43,47 @@ def test_a_checkpoint_of_another_episode_is_refused(make):
     env.reset()
     with pytest.raises(ActionError, match="the checkpoint is of episode"):
         env.restore(kept)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: None,
+        lambda kept: [],
+        lambda kept: kept | {"history": [{"a": 1}]},
+        lambda kept: kept | {"history": 5},
+        lambda kept: kept | {"history": [("note", 5)]},
+        lambda kept: kept | {"notes": None},
+        lambda kept: kept | {"notes": "\ud800"},
+        lambda kept: kept | {"notes": "\x1b[31mred"},
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_and_changes_nothing(make, damage):
+    env = make()
+    do(env, Note(text="plan"))
+    before = env.checkpoint()
+    with pytest.raises(ActionError):
+        env.restore(damage(env.checkpoint()))
+    assert env.checkpoint() == before
+
+
+def test_a_fork_that_ends_the_episode_leaves_another_its_verdict(make):
+    """One verifies with the last submission; another, whose own is refused, ends the episode meanwhile."""
+    backend = FakeBackend(hidden_losses([4.0] * 20), hold={1})
+    env = make(backend, budget={"submissions": 1})
+    do(env, WriteFile(path="optimizer.py", text=FAST))
+    twin, found = env.fork(), []
+    worker = threading.Thread(target=lambda: found.append(env.step(CLAIM)))
+    worker.start()
+    until = time.monotonic() + 10
+    while not backend.runs and time.monotonic() < until:
+        time.sleep(0.01)
+    assert twin.step(Submit(claim=70, horizon=70))[3]  # truncated: nothing is left to submit
+    assert env.episode.over and not found
+    backend.runs[0].held = False
+    worker.join(20)
+    assert found[0][1] == pytest.approx(share(60))
+    assert lines(env, "end")[0]["recovered"] == pytest.approx(share(60))
 
 
 def test_a_fork_has_its_own_workspace_and_shares_the_account(make):

@@ -337,7 +337,8 @@ def test_notes_are_no_part_of_a_snapshot(workspace):
     assert workspace.snapshot == before
     workspace.revert("")
     assert workspace.read(NOTES) == "one\ntwo\n"
-    refuses(workspace, lambda: workspace.note("x" * NOTES_BYTES), "limited")
+    refuses(workspace, lambda: workspace.note("x" * NOTES_BYTES), "may have")
+    refuses(workspace, lambda: workspace.note("\x1b[31mred"), "U[+]001B")
 
 
 # --- normal form ---
