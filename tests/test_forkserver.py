@@ -316,6 +316,20 @@ time.sleep(1000)
     assert left_after(started, 5) == []
 
 
+def test_a_scratch_folder_has_room_for_so_many_files_only(own, tier):
+    body = """
+made = 0
+try:
+    while made < 5000:
+        open(f'/tmp/{made}', 'w').close()
+        made += 1
+except OSError as error:
+    print('made', made, error.strerror)
+"""
+    result = forked(train(own, tier, body + SGD, steps=1))
+    assert re.search(r"made 40\d\d No space left", result.log), result.log
+
+
 def test_many_runs_leave_no_process_file_or_mount(own, tier):
     def held():
         pids = (os.getpid(), own._server._process.pid, zygote(own))

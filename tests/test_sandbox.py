@@ -6,8 +6,11 @@ import ast
 import errno
 import os
 import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from nanogpt_env.content import content_root
 from nanogpt_env.errors import BackendError
 
 import bubblewrap
+import process
 import seccomp
 import visible
 
@@ -113,6 +117,80 @@ def test_every_call_that_the_filter_names_is_refused(sealed, tier):
     )
     result = train(sealed, tier, probe + SGD, steps=1)
     assert result.completed and str([(-1, errno.EPERM)] * len(numbers)) in result.log
+
+
+COMMANDS = f"""
+import ctypes, json
+libc, file = ctypes.CDLL(None, use_errno=True), open(json.__file__)
+def refused(call, *arguments):
+    return call(*arguments) == -1 and ctypes.get_errno() == {errno.EPERM}
+print('fcntl', [refused(libc.fcntl, file.fileno(), n, 1) for n in {seccomp._FCNTL_REFUSED}])
+requests = (0x80086601, 0x40086602, 0x401C5820, 0x8901, 0x8912)
+print('ioctl', [refused(libc.ioctl, file.fileno(), n, None) for n in requests])
+print('madvise', [refused(libc.madvise, None, 4096, n) for n in {seccomp._PAGES_OUT}])
+print('others', file.read(1), len(open('/proc/self/maps').read()) > 0, libc.fcntl(file.fileno(), 3))
+"""
+
+
+@pytest.fixture(scope="module")
+def under_landlock():
+    backend = LocalBackend("landlock")
+    yield backend
+    backend.close()
+
+
+def commands_refused(backend, tier):
+    result = train(backend, tier, COMMANDS + SGD, steps=1)
+    assert result.completed, result.log
+    return "False" not in result.log and result.log.count("True") == 5 + 5 + 2 + 1
+
+
+def test_commands_to_files_that_others_would_feel_are_refused(sealed, tier):
+    assert commands_refused(sealed, tier)
+
+
+def test_they_are_refused_under_landlock_too(under_landlock, tier):
+    assert commands_refused(under_landlock, tier)
+
+
+def test_of_the_hosts_network_nothing_is_to_be_seen_or_reached(under_landlock, tier):
+    body = """
+import os, socket
+for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_RDM):
+    try:
+        socket.socketpair(socket.AF_UNIX, kind)
+        print('ALLOWED', kind)
+    except OSError:
+        pass
+own = '/proc/self/task/%d/net/unix' % os.getpid()
+for path in ('/proc/self/net/unix', '/proc/self/net/route', own, '/proc/net/tcp'):
+    try:
+        print('ALLOWED', path, len(open(path).read()))
+    except OSError:
+        pass
+ours, theirs = socket.socketpair()
+print('pair', ours.send(b'x'))
+"""
+    result = train(under_landlock, tier, body + SGD, steps=1)
+    assert result.completed and "ALLOWED" not in result.log and "pair 1" in result.log
+
+
+def test_memory_is_seen_when_the_first_thread_has_left():
+    program = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+print('ready', flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout.readline() == "ready\n"
+        until = time.monotonic() + 10
+        status = Path(f"/proc/{running.pid}/status")
+        while "VmHWM" in status.read_text() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert "VmHWM" not in status.read_text()
+        assert process.Process.peak_bytes(SimpleNamespace(pid=running.pid)) > 1 << 20
+        running.kill()
 
 
 def test_only_what_torch_needs_of_all_that_is_installed_is_there(sealed, tier):
