@@ -92,7 +92,7 @@ def test_a_bound_is_what_was_measured(bounded):
     told = FIGURE.findall(bounded.gain)
     for path in bounded.figures:
         value = results
-        for key in path.split("."):
+        for key in path:
             value = value[int(key) if isinstance(value, list) else key]
         assert any(abs(abs(value) - float(t)) <= 0.5 * 10.0 ** -len(t.partition(".")[2]) + 1e-9 for t in told), path
     assert results["command"] == bounded.command

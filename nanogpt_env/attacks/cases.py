@@ -137,7 +137,7 @@ class Bounded(Record):
     gain: str
     command: str
     results: str
-    figures: tuple[str, ...]
+    figures: tuple[tuple[str, ...], ...]
     """where the numbers of `gain` stand in the results"""
 
     def outcome(self) -> Outcome:
