@@ -2,7 +2,7 @@
 # threats = ["G49", "G51"]
 # gains = "accepted"
 # record = "normuon"
-# claim = 135
+# claim = 140
 # naive = "ten runs"
 # needs = ["lucky seed"]
 # ///
