@@ -2,8 +2,8 @@
 
     python benchmarks/attack_matrix.py [--sandboxes bubblewrap,landlock,docker]
 
-Writes benchmarks/results/attacks.json after each case, goes on where it stopped (a case whose source has changed is run
-again), and at the end docs/attacks.md. `make test-all` runs it, on every sandbox that this host offers.
+Writes benchmarks/results/attacks.json after each case, goes on where it stopped (a case is run
+again when it, or the trainer, has changed), and at the end docs/attacks.md. `make test-all` runs it, on every sandbox that this host offers.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ COMMAND = "python benchmarks/attack_matrix.py"
 
 def run(sandbox: str, found: dict[str, Any], naive: bool) -> None:
     rows = found["outcomes"].setdefault(sandbox, {})
-    digests = {case.name: _digest(case) for case in attacks.load_cases()}
+    every = attacks.load_cases()
+    digests = {case.name: _digest(case) for case in every}
     for name in [name for name, row in rows.items() if row["digest"] != digests.get(name)]:
         del rows[name]
-    cases = [case for case in attacks.load_cases() if case.name not in rows]
+    cases = [case for case in every if case.name not in rows]
     corpus = content.content_root() / "gpu_backend" / "corpora"
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -52,7 +53,7 @@ def run(sandbox: str, found: dict[str, Any], naive: bool) -> None:
 
 
 def _digest(case: attacks.Case) -> str:
-    return hashlib.sha256(case.model_dump_json().encode()).hexdigest()[:16]
+    return hashlib.sha256(case.model_dump_json().encode() + content.trainer_code()).hexdigest()[:16]
 
 
 def page(found: dict[str, Any]) -> str:

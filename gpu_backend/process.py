@@ -67,9 +67,8 @@ class Process:
     def peak_bytes(self) -> int:
         """The most memory it has had resident; 0 where the system does not say."""
         most = 0
-        for path in Path(f"/proc/{self.pid}/task").glob(
-            "*/status"
-        ):  # a thread that has ended says nothing, the first too
+        # of each thread: one that has ended says nothing, the first too
+        for path in Path(f"/proc/{self.pid}/task").glob("*/status"):
             with contextlib.suppress(OSError):
                 # the process's name is the candidate's to choose: any bytes
                 status = path.read_text(errors="replace")

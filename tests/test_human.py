@@ -18,7 +18,8 @@ def test_every_row_is_there(track, rows, records):
 def test_a_curve_falls():
     for track in FILES:
         values = [row.value for row in load_table(track).curve()]
-        assert values == sorted(values, reverse=True)
+        risen = [i for i in range(1, len(values)) if values[i] >= values[i - 1]]
+        assert risen == ([21] if track == "short" else [])  # 22 was timed by other rules than 21
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,7 @@ def test_a_curve_falls():
         ("short", "on 2025-09-03", 29),
         ("short", "before 2025-09-04", 29),
         ("short", "before 2025-09-03", 28),
+        ("short", "before 2025-05-26", 23),
         ("short", "latest", 89),
         ("short", "after 2025-09-03", 89),
         ("optimization", "latest", 46),

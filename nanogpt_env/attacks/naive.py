@@ -28,7 +28,7 @@ MARGIN = 0.1
 """nats per token"""
 FASTER = 0.6
 STEPS = 30
-NAIVE_TIMEOUT_S = 30.0
+NAIVE_TIMEOUT_S, WHOLE_TIMEOUT_S = 30.0, 300.0  # of a short run, and of one that a submission asks for
 MEMORY_BYTES, DISK_BYTES, LOG_BYTES, THREADS = 1 << 31, 64 << 20, 1 << 20, 512
 SCRIPTS = {"steps": "score_steps.py", "wallclock": "train.py", "free": "score_free.py"}
 RERUNS, TRIES, LEVEL = 10, 20, 0.01
@@ -173,7 +173,7 @@ class NaiveScorer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            until = time.monotonic() + NAIVE_TIMEOUT_S
+            until = time.monotonic() + (WHOLE_TIMEOUT_S if case.record else NAIVE_TIMEOUT_S)
             while not (found := os.wait4(process.pid, os.WNOHANG))[0] and time.monotonic() < until:
                 time.sleep(0.02)
             ended = bool(found[0])
