@@ -2,8 +2,8 @@
 
     python benchmarks/attack_matrix.py [--sandboxes bubblewrap,landlock,docker]
 
-Writes benchmarks/results/attacks.json after each case, goes on where it stopped (a case is run
-again when it, or the trainer, has changed), and at the end docs/attacks.md. `make test-all` runs it, on every sandbox that this host offers.
+Writes benchmarks/results/attacks.json after each case, goes on where it stopped (a case is run again when it, or the
+trainer, has changed), and at the end docs/attacks.md. `make test-all` runs it, on every sandbox of this host.
 """
 
 from __future__ import annotations
