@@ -2,7 +2,8 @@
 
 A shard is FineWeb's `.bin`: a header of 256 int32 (magic 20240520, version 1, token count, zeros),
 then that many uint16 token ids, all little-endian. A corpus is a folder with a `manifest.json` that
-names its shards; they lie beside it as `<name>.bin.xz` (shipped) or `<name>.bin` (your own files).
+names its shards; they lie beside it as `<name>.bin.xz` (shipped) or `<name>.bin` (your own files), or
+in the cache, if they were fetched from a hub (`nanogpt-env data fetch`).
 
 Needs the standard library and numpy only.
 """
@@ -14,7 +15,7 @@ import lzma
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from numpy.typing import NDArray
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
+_NAME = r"\w[\w.-]*"
+_PART = re.compile(rf"({_NAME})(?:\[(\d+):(\d+)\])?")
 
 Tokens = NDArray[np.uint16]
 
@@ -109,6 +112,8 @@ class Manifest:
     shards: tuple[Shard, ...]
     sha256: str
     """Of the manifest file itself."""
+    hub: str = ""
+    """Data set on a hub that has the shards, if they are to be fetched."""
 
 
 def load_manifest(corpus_dir: Path) -> Manifest:
@@ -127,6 +132,7 @@ def load_manifest(corpus_dir: Path) -> Manifest:
         shards = tuple(Shard(line["name"], line.get("sha256")) for line in fields["shards"])
         vocab_size = int(fields["vocab_size"])
         special_ids = tuple(int(token) for token in fields["special_ids"])
+        hub = str(fields.get("hub", ""))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ShardError(
             f"{path}: {type(error).__name__}: {error}. It needs vocab_size, special_ids and "
@@ -134,22 +140,44 @@ def load_manifest(corpus_dir: Path) -> Manifest:
         ) from error
     for shard in shards:
         # A name becomes a path below the cache, so it may not leave its folder.
-        if not isinstance(shard.name, str) or not re.fullmatch(r"\w[\w.-]*", shard.name):
+        if not isinstance(shard.name, str) or not re.fullmatch(_NAME, shard.name):
             raise ShardError(f"{path}: shard name {shard.name!r} is not a plain file name.")
-    return Manifest(vocab_size, special_ids, shards, hashlib.sha256(raw).hexdigest())
+    return Manifest(vocab_size, special_ids, shards, hashlib.sha256(raw).hexdigest(), hub)
 
 
-def unpack(corpus_dir: Path, cache_dir: Path) -> dict[str, Path]:
-    """Return shard name -> path of a verified `.bin`, unpacking `.bin.xz` into the cache.
+def load(corpus_dir: Path, cache_dir: Path, names: Collection[str]) -> dict[str, Tokens]:
+    """Return the tokens of shards, or of parts of them: 'NAME' or 'NAME[BEGIN:END]', in tokens. Raises as `unpack`."""
+    found = {name: _PART.fullmatch(name) for name in names}
+    if malformed := [name for name, match in found.items() if not match]:
+        raise ShardError(f"{malformed[0]!r} is neither the name of a shard nor NAME[BEGIN:END]")
+    parts = {name: match.groups() for name, match in found.items() if match}
+    paths = unpack(corpus_dir, cache_dir, {shard for shard, _, _ in parts.values()})
+    tokens = {}
+    for name, (shard, begin, end) in parts.items():
+        whole = read_shard(paths[shard])
+        if end and not int(begin) < int(end) <= len(whole):
+            raise ShardError(f"{name}: {shard} has {len(whole)} tokens")
+        tokens[name] = whole[int(begin) : int(end)] if end else whole
+    return tokens
+
+
+def unpack(corpus_dir: Path, cache_dir: Path, names: Collection[str] | None = None) -> dict[str, Path]:
+    """Return shard name -> path of a verified `.bin`, unpacking `.bin.xz` into the cache; of `names` only, if given.
 
     Unpacked files go to `cache_dir/<corpus name>-<12 hex of the manifest's SHA-256>/` and are
     hashed anew on each call; one that does not match is rebuilt. Plain `.bin` files are used where
-    they lie. Raises ShardError for a bad shipped file, CacheError when the cache cannot be written.
+    they lie, fetched ones (`cache_dir/<corpus name>/`) as `data fetch` left them: only their size is checked.
+    Raises ShardError for a name that the corpus lacks and a bad file, CacheError when the cache cannot be written.
     """
     manifest = load_manifest(corpus_dir)
-    folder = cache_dir / f"{corpus_dir.resolve().name}-{manifest.sha256[:12]}"
+    corpus = corpus_dir.resolve().name
+    folder = cache_dir / f"{corpus}-{manifest.sha256[:12]}"
+    if unknown := set(names or ()) - {shard.name for shard in manifest.shards}:
+        raise ShardError(f"corpus {corpus_dir} has no shard {', '.join(sorted(unknown))}")
     paths = {}
     for shard in manifest.shards:
+        if names is not None and shard.name not in names:
+            continue
         packed = corpus_dir / f"{shard.name}.bin.xz"
         plain = corpus_dir / f"{shard.name}.bin"
         if packed.exists():
@@ -158,6 +186,10 @@ def unpack(corpus_dir: Path, cache_dir: Path) -> dict[str, Path]:
             if shard.sha256 is not None and _file_sha256(plain) != shard.sha256:
                 raise _mismatch(plain)
             paths[shard.name] = plain
+        elif (fetched := cache_dir / corpus / plain.name).exists():
+            paths[shard.name] = fetched
+        elif manifest.hub:
+            raise ShardError(f"{fetched}: not there yet. `nanogpt-env data fetch --tier TIER` gets it.")
         else:
             raise ShardError(f"{corpus_dir}: neither {plain.name} nor {packed.name} is there.")
         read_shard(paths[shard.name])
@@ -183,6 +215,16 @@ def permutation(vocab_size: int, special_ids: Iterable[int], rng: np.random.Gene
 def relabel(tokens: Tokens, permutation: Tokens) -> Tokens:
     """Return new ids, same shape as `tokens`. Raises IndexError for a token id beyond the table."""
     return permutation[tokens]
+
+
+def joined(shards: Sequence[Tokens], permutation: Tokens) -> Tokens:
+    """The tokens of shards, one after the other, with new ids."""
+    tokens = np.empty(sum(map(len, shards)), np.uint16)
+    at = 0
+    for shard in shards:
+        tokens[at : at + len(shard)] = relabel(shard, permutation)
+        at += len(shard)
+    return tokens
 
 
 class Batches:

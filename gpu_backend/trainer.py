@@ -44,7 +44,7 @@ class Job:
     cache: str
     seed: str
     limits: dict[str, Any]
-    train_shard: str
+    train_shards: list[str]
     final_shards: list[str]
     cores: list[int]
 

@@ -33,15 +33,12 @@ class Setting:
         self.result, self.cancelled = result, cancelled
         self.started = time.monotonic()
         self.config, self.limits = ModelConfig(**job.model), Limits(**job.limits)
-        shards = data.unpack(Path(job.corpus), Path(job.cache))
-        missing = {job.train_shard, *job.final_shards} - set(shards)
-        if missing:
-            raise ValueError(f"corpus {job.corpus} has no shard {', '.join(sorted(missing))}")
+        shards = data.load(Path(job.corpus), Path(job.cache), {*job.train_shards, *job.final_shards})
         generator = np.random.default_rng(job.stream_seed("relabel"))
         self.special_ids = data.load_manifest(Path(job.corpus)).special_ids
         labels = data.permutation(self.config.vocab_size, self.special_ids, generator)
-        self.tokens = data.relabel(data.read_shard(shards[job.train_shard]), labels)
-        self.val = {n: data.relabel(data.read_shard(shards[n]), labels) for n in job.final_shards}
+        self.tokens = data.joined([shards[n] for n in job.train_shards], labels)
+        self.val = {n: data.relabel(shards[n], labels) for n in job.final_shards}
         self.model = GPT(self.config)
 
     def evaluate(self, tokens: np.ndarray) -> float:

@@ -17,6 +17,7 @@ import typer
 from rich.table import Table
 
 from nanogpt_env import display
+from nanogpt_env.cli_data import data_app
 from nanogpt_env.cli_host import add_host_commands
 from nanogpt_env.cli_options import DirArgument, JsonOption, SandboxOption, TierOption
 from nanogpt_env.cli_records import records_app
@@ -54,6 +55,7 @@ def _options(
 
 app.add_typer(tiers_app, name="tiers")
 app.add_typer(records_app, name="records")
+app.add_typer(data_app, name="data")
 add_host_commands(app)
 
 

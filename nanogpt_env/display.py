@@ -7,7 +7,16 @@ from contextlib import contextmanager
 
 from pydantic_core import to_json
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from nanogpt_env.backends import RunHandle
 from nanogpt_env.env import Speedrun
@@ -26,8 +35,8 @@ def print_json(content: object) -> None:
     print(to_json(content, indent=1, inf_nan_mode="null", fallback=str).decode())
 
 
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _bar(done: ProgressColumn | None = None) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), done or MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
 
 
@@ -89,6 +98,23 @@ def watch(env: Speedrun) -> Iterator[RunProgress]:
         yield progress
     finally:
         progress.clear()
+
+
+@contextmanager
+def watch_bytes() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per file, and a line when it is here: the context's value takes (file, bytes, of how many)."""
+    with _bar(DownloadColumn()) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(file: str, done: int, total: int) -> None:
+            if file not in tasks:
+                tasks[file] = bar.add_task(file, total=total)
+            bar.update(tasks[file], completed=done, total=total)
+            if done >= total > 0:
+                errors.print(f"{file}: {total / 1e6:.1f} MB")
+                bar.update(tasks[file], visible=False)
+
+        yield report
 
 
 @contextmanager

@@ -30,11 +30,21 @@ class Model(Record):
 class Data(Record):
     corpus: str
     """a folder in gpu_backend/corpora, or a path relative to env.toml"""
-    train: str = "train"
+    train: str | tuple[str, ...] = "train"
+    """name of a shard, or of several, which follow each other"""
     public: str = "val_public"
     """evaluated in the agent's runs"""
     hidden: str = "val_hidden"
     """evaluated in verification only"""
+
+    @property
+    def train_shards(self) -> tuple[str, ...]:
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """All that it names, each once."""
+        return tuple(dict.fromkeys((*self.train_shards, self.public, self.hidden)))
 
 
 class Training(Record):

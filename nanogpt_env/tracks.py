@@ -129,7 +129,7 @@ class Tier(BaseModel, abc.ABC):
             "cache": str(cache_dir()),
             "seed": seed,
             "limits": self.limits(),
-            "train_shard": self.table.data.train,
+            "train_shards": self.table.data.train_shards,
             "final_shards": shards,
         }
 

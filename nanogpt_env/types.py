@@ -66,7 +66,7 @@ class Job(Record):
     cache: str
     seed: str
     limits: Limits
-    train_shard: str
+    train_shards: tuple[str, ...]
     final_shards: tuple[str, ...]
     cores: tuple[int, ...] = ()
     """the cores that training code may use; none: all. An update rule's time is counted on all of them"""

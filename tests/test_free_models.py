@@ -221,7 +221,7 @@ def run(backend, tier, *changes, model=fm.MODEL, rules=RULES, shards=("val_publi
         cache=str(cache_dir()),
         seed="1",
         limits=tier.limits().model_copy(update={"setup_s": 30.0, "stall_s": 15.0}),
-        train_shard=t.data.train,
+        train_shards=t.data.train_shards,
         final_shards=shards,
         sources={"train.py": source, "model.py": model},
         tokens=tokens,

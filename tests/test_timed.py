@@ -48,7 +48,7 @@ def job_of(tier, source, seed="1", tokens=TOKENS, **limits):
         cache=str(cache_dir()),
         seed=seed,
         limits=tier.limits().model_copy(update={"setup_s": 20.0, **limits}),
-        train_shard=t.data.train,
+        train_shards=t.data.train_shards,
         final_shards=(t.data.public,),
         sources={"train.py": source},
         tokens=tokens,

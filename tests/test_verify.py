@@ -211,7 +211,7 @@ def test_the_job_is_the_submission_on_the_hidden_shard():
     for job in backend.jobs:
         assert job.final_shards == (TIER.table.data.hidden,) == ("val_hidden",)
         assert (job.source, job.steps, job.horizon) == (SOURCES["optimizer.py"], 60, 80)
-        assert job.train_shard == "train"
+        assert job.train_shards == ("train",)
         assert job.limits == TIER.limits()
     assert len({job.model_dump_json(exclude={"seed", "cores"}) for job in backend.jobs}) == 1
 

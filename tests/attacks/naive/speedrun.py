@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from model import GPT, ModelConfig
 
-config = SimpleNamespace(model=ModelConfig(layers=2, width=64, heads=2, vocab_size=1024, seq_len=128), tokens=1 << 20)
+config = SimpleNamespace(model=ModelConfig(layers=2, width=64, heads=2, vocab_size=1024, seq_len=128), tokens=696_320)
 train = np.memmap("train.bin", np.uint16, "r")
 val = np.memmap("val.bin", np.uint16, "r")
 _at = _begin = 0
@@ -23,12 +23,15 @@ def _windows(tokens, at, rows, length):
 def batches(rows=None, length=None, *, shapes=None, order="stream"):
     global _at
     for shape in shapes or itertools.repeat((rows, length)):
+        if _begin and _at + shape[0] * shape[1] > config.tokens:
+            return
         yield _windows(train, _at, *shape)
         _at += shape[0] * shape[1]
 
 
 def start():
-    global _begin
+    global _at, _begin
+    _at = 0
     _begin = time.time()
 
 
