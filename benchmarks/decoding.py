@@ -105,7 +105,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     done = [{k: v for k, v in row.items() if k not in ("loss", "losses")} for row in rows]
     for setting in (s for s in (*HONEST, *ORACLES) if s not in done):
-        losses = [run(tier, tier.table.reward.anchor, seed, **setting) for seed in range(args.seeds)]
+        losses = [run(tier, tier.table.valued[-1], seed, **setting) for seed in range(args.seeds)]
         rows.append({**setting, "loss": float(np.mean(losses)), "losses": losses})
         print({**rows[-1], "losses": [round(x, 4) for x in losses]}, flush=True)
         content = {"command": f"python benchmarks/decoding.py --seeds {args.seeds}", "rows": rows}

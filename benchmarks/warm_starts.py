@@ -146,7 +146,7 @@ def summary(rows: list[Figures]) -> dict[str, Figures]:
 
 
 def anchor_job(tier: StepsTier, i: int) -> Job:
-    record = tier.record(tier.table.reward.anchor)
+    record = tier.record(tier.table.valued[-1])
     plan = Plan(steps=int(tier.value_of(record.name)), horizon=record.horizon)
     return tier.job(record.sources, plan, f"warm-{i}", (tier.table.data.public,))
 

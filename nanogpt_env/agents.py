@@ -39,30 +39,30 @@ class LadderAgent:
 
 
 def _climb_steps(tier: StepsTier) -> Iterator[Action]:
-    reward, measured = tier.table.reward, tier.measured.records
-    sure = [n for n in tier.records if measured[n].claim is not None and n not in (reward.start, reward.anchor)]
+    start, fastest, measured = tier.table.valued[0], tier.table.valued[-1], tier.measured.records
+    sure = [n for n in tier.records if measured[n].claim is not None and n not in (start, fastest)]
     middle = sure[len(sure) // 2 : len(sure) // 2 + 1]
     yield ReadFile(path="task.md")
-    yield Run(horizon=tier.records[reward.start].horizon)
-    for name in (*middle, reward.anchor):
+    yield Run(horizon=tier.records[start].horizon)
+    for name in (*middle, fastest):
         record = tier.records[name]
         yield from _write(record)
         yield Run(horizon=record.horizon)
-        if name == reward.anchor:
+        if name == fastest:
             yield Submit(claim=round(OVERCLAIM * measured[name].steps_mean), horizon=record.horizon)
         yield Submit(claim=measured[name].claim or record.horizon, horizon=record.horizon)
     yield Stop()
 
 
 def _climb_wallclock(tier: WallclockTier) -> Iterator[Action]:
-    reward = tier.table.reward
-    others = [n for n in tier.records if n not in (reward.start, reward.anchor)]
+    start, fastest = tier.table.valued[0], tier.table.valued[-1]
+    others = [n for n in tier.records if n not in (start, fastest)]
     yield ReadFile(path="task.md")
     yield Run()
-    for name in (*others[len(others) // 2 :][:1], reward.anchor):
+    for name in (*others[len(others) // 2 :][:1], fastest):
         yield from _write(tier.records[name])
         yield Run()
-        if name == reward.anchor and (steps := _STEPS.search(tier.records[name].sources["train.py"])):
+        if name == fastest and (steps := _STEPS.search(tier.records[name].sources["train.py"])):
             shorter = f"{steps[1]}{round(OVERCLAIM * int(steps[2]))}"
             yield EditFile(path="train.py", old=steps[0], new=shorter)
             yield Submit()

@@ -95,7 +95,7 @@ def calibrate(
     with contextlib.closing(Runs(tier, backend, workers, report, fresh)) as runs:
         curves = {r.name: _curve(tier, r, runs, seeds) for r in tier.records.values()}
         boundary = boundary_of(tier, report)
-        names = dict.fromkeys((tier.table.reward.start, tier.table.reward.anchor, *value))
+        names = dict.fromkeys((*tier.table.valued, *value))
         rerun = {name: _settle(tier, name, curves, boundary[0], runs, reruns) for name in names}
         last = runs.last
     about = {
@@ -164,7 +164,7 @@ def assemble(
             },
             "values": valued,
         },
-        **_shard_offset([rerun[n] for n in (tier.table.reward.start, tier.table.reward.anchor)]),
+        **_shard_offset([rerun[n] for n in tier.table.valued]),
     )
 
 

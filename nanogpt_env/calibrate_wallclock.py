@@ -42,14 +42,15 @@ def calibrate(
     comes close to the target, or a record fails or misses the target."""
     floor = table_floor(tier, report)
     check_table_floor(tier, floor)
-    start, anchor = tier.table.reward.start, tier.table.reward.anchor
+    valued = tier.table.valued
     with contextlib.closing(Runs(tier, backend, workers, report, fresh, retime)) as runs:
         results = {
-            name: runs.get(f"{name}: loss", _job(tier, name), reruns if name in (start, anchor) else seeds)
+            name: runs.get(f"{name}: loss", _job(tier, name), reruns if name in valued else seeds)
             for name in tier.records
         }
         boundary = boundary_of(tier, report)
-        timing = _time(tier, runs, {n: sessions if n == anchor else 1 for n in tier.records if n != start})
+        others = {name: 1 for name in tier.records if name != valued[0]}
+        timing = _time(tier, runs, {**others, _timed(tier): sessions})
         last = runs.last
     losses = {n: np.array([r.val_losses[tier.table.data.hidden] for r in rs]) for n, rs in results.items()}
     noise = {n: (float(x.std(ddof=1)), len(x)) for n, x in losses.items()}
@@ -80,10 +81,10 @@ def calibrate(
 
 
 def time_host(tier: WallclockTier, backend: Backend, sessions: int, report: Report = silent) -> HostTiming:
-    """Time the anchor beside the start record on this host. What is not measured here (other records) is taken from
-    the calibration."""
+    """Time the anchor beside the start record on this host, or the start record beside itself. What is not measured
+    here (other records) is taken from the calibration."""
     with contextlib.closing(Runs(tier, backend, 1, report, fresh=True, name=f"{tier.name}-timing")) as runs:
-        found = _time(tier, runs, {tier.table.reward.anchor: sessions})
+        found = _time(tier, runs, {_timed(tier): sessions})
     known = tier.measured.timing
     return found.model_copy(
         update={
@@ -118,6 +119,11 @@ def check_table_floor(tier: WallclockTier, floor: dict[str, float]) -> None:
             f"{tier.table.training.tokens:,} tokens, and the target is {target:g}: it must be below "
             f"{best - TABLE_MARGIN:.3f}, or the tokens fewer"
         )
+
+
+def _timed(tier: WallclockTier) -> str:
+    """The record whose pairs with the start record tell how much times vary: the anchor, or the start record."""
+    return tier.table.valued[-1]
 
 
 def _job(tier: WallclockTier, name: str) -> Job:
@@ -161,7 +167,7 @@ def _record(test: SequentialTest, losses: Any, results: list[RunResult]) -> Time
 def _with_values(tier: WallclockTier, calibration: WallclockCalibration) -> WallclockCalibration:
     """With the records' values; raises `TierError` if start or anchor are not what the tier says they are."""
     measured, reward = tier.model_copy(update={"calibration": calibration, "host": None}), tier.table.reward
-    for name in (reward.start, reward.anchor):
+    for name in tier.table.valued:
         row = calibration.records[name]
         if row.power < MIN_POWER:
             raise TierError(

@@ -57,17 +57,18 @@ def tiers_list(as_json: JsonOption = False) -> int:
 
 
 def _tier_row(tier: Tier) -> dict[str, Any]:
-    start, anchor = tier.table.reward.start, tier.table.reward.anchor
+    span = tier.span()
     if isinstance(tier, StepsTier):
-        tokens = tier.value_of(start) * tier.tokens_per_step()
+        tokens = span.start_value * tier.tokens_per_step()
     else:
         tokens = tier.most(None)["tokens"]
     return {
         "tier": tier.name,
         "track": tier.table.track,
         "summary": tier.table.summary,
-        "start": {"record": start, "value": tier.value_of(start)},
-        "anchor": {"record": anchor, "value": tier.value_of(anchor)},
+        "start": {"record": span.start, "value": span.start_value},
+        "anchor": {"record": span.anchor, "value": span.anchor_value},
+        "cautions": span.cautions,
         "start_flops": tokens * tier.flops_per_token(),
     }
 

@@ -52,9 +52,10 @@ class Outcome:
 class Speedrun(gymnasium.Env[Observation, Any]):
     """One agent, one tier. `step` takes an action of `nanogpt_env.actions`, the equivalent dict, or JSON text.
 
-    tier: name of a tier or path of its folder. start, anchor: names of its records. budget: meters to
-    override. sandbox: 'auto', 'bubblewrap' or 'plain'. state_dir: where ledger and evidence go. backend:
-    what trains (default: this machine). Raises `TierError` for a tier that cannot be used.
+    tier: name of a tier or path of its folder. start, anchor: names of its records or, on tiers that are measured on
+    public records, selectors of those (`human.PublicTable.select`), with human_only. budget: meters to override.
+    sandbox: 'auto', 'bubblewrap' or 'plain'. state_dir: where ledger and evidence go. backend: what trains (default:
+    this machine). Raises `TierError` for a tier that cannot be used.
     """
 
     # annotated as Gymnasium does, hence the noqa
@@ -66,6 +67,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         *,
         start: str | None = None,
         anchor: str | None = None,
+        human_only: bool | None = None,
         budget: Mapping[str, float] | None = None,
         sandbox: str = "auto",
         state_dir: str | Path | None = None,
@@ -78,7 +80,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         self.render_mode = render_mode
         self.action_space = action_space()
         self.observation_space = observation_space(METERS)
-        self._defaults: dict[str, Any] = {"start": start, "anchor": anchor, "budget": budget}
+        self._defaults: dict[str, Any] = {"start": start, "anchor": anchor, "human_only": human_only, "budget": budget}
         self._state_dir = state_dir
         if backend is None:
             local = LocalBackend(sandbox, warm=True, hidden=(self.tier.folder, self.tier.corpus_folder()))
@@ -107,7 +109,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
     # --- Gymnasium ---
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, Info]:
-        """Begin an episode. options: `start`, `anchor` (record names), `budget` (meters to override).
+        """Begin an episode. options: `start`, `anchor`, `human_only`, `budget`, as for the class.
 
         The seed never determines verification seeds. Raises `ActionError` for options that make no sense,
         `TierError` for a record that the tier does not have or has not valued.
@@ -115,17 +117,11 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         super().reset(seed=seed)
         chosen = self._options(options or {})
         limits = self._limits(chosen["budget"] or {})
+        span = self.tier.span(chosen["start"], chosen["anchor"], chosen["human_only"])
         if self._episode is not None and self._owns_episode:
             self._episode.end("reset")
-        table = self.tier.table
-        self._episode = Episode.begin(
-            self.tier,
-            chosen["start"] or table.reward.start,
-            chosen["anchor"] or table.reward.anchor,
-            Budget(limits),
-            self._backend,
-            Path(self._state_dir or state_dir()),
-        )
+        folder = Path(self._state_dir or state_dir())
+        self._episode = Episode.begin(self.tier, span, Budget(limits), self._backend, folder)
         self._owns_episode = True
         self._new_workspace(self._episode)
         self.history = []
@@ -158,7 +154,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         return self._observation(text), self._info()
 
     def _new_workspace(self, episode: Episode) -> None:
-        sources = self.tier.record(episode.start).sources
+        sources = self.tier.record(episode.span.program).sources
         self.workspace = Workspace(sources, {"task.md": self.tier.task}, self.tier.table.limits.source_bytes)
 
     def _keep(self) -> None:
@@ -233,7 +229,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         twin = Speedrun(self.tier.folder, backend=self._backend, render_mode=self.render_mode)
         twin._owns_backend = twin._owns_episode = False
         twin._episode, twin._defaults, twin._state_dir = self._going(), self._defaults, self._state_dir
-        sources = self.tier.record(self.episode.start).sources
+        sources = self.tier.record(self.episode.span.program).sources
         twin.workspace = Workspace(sources, self.workspace.frozen, self.workspace.max_bytes)
         self.episode.ledger.append("fork", snapshot=self.workspace.snapshot)
         twin.restore(self.checkpoint())
@@ -342,7 +338,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         val_loss, train_loss = report.last_losses(completed, self.tier.table.data.public)
         scores = [
             e.recovered,
-            e.best / e.start_value,
+            e.best / e.span.start_value,
             val_loss,
             train_loss,
             float(bool(e.verdicts) and e.verdicts[-1].accepted),

@@ -24,7 +24,7 @@ from nanogpt_env.claims import ClaimAdvice, advise
 from nanogpt_env.errors import ActionError, BackendError, BudgetError, JudgeError, LedgerError
 from nanogpt_env.judging.static import judge_source
 from nanogpt_env.ledger import VERSION, Ledger
-from nanogpt_env.tracks import StepsTier, Tier
+from nanogpt_env.tracks import Span, StepsTier, Tier
 from nanogpt_env.types import Plan, Rerun, RunResult, Verdict
 from nanogpt_env.verify import OnProgress, Program, Submission, verify
 from nanogpt_env.workspace import normal_form
@@ -54,17 +54,10 @@ class AgentRun:
 class Episode:
     """Begun by `begin`, or by `resume` from what it left. `folder` takes the ledger and the sealed evidence."""
 
-    def __init__(
-        self, tier: Tier, start: str, anchor: str, budget: Budget, backend: Backend, folder: Path, name: str
-    ) -> None:
-        self.tier, self.start, self.anchor, self.budget, self.backend = tier, start, anchor, budget, backend
+    def __init__(self, tier: Tier, span: Span, budget: Budget, backend: Backend, folder: Path, name: str) -> None:
+        self.tier, self.span, self.budget, self.backend = tier, span, budget, backend
         self.id, self.folder = name, folder
-        self.start_value, self.anchor_value = tier.start_value_of(start), tier.value_of(anchor)
-        if not self.start_value > self.anchor_value:
-            raise ActionError(
-                f"start record {start} ({tier.format(self.start_value)}) must be slower than anchor {anchor}"
-            )
-        self.start_program = Program(start, tier.record(start).sources, self.start_value)
+        self.start_program = Program(span.start, tier.record(span.program).sources, span.start_value)
         self.frontier = self.start_program
         """the best verified program so far"""
         self.runs: dict[str, AgentRun] = {}
@@ -76,11 +69,11 @@ class Episode:
         self.ledger = Ledger(self.folder / "ledger.jsonl")
 
     @classmethod
-    def begin(cls, tier: Tier, start: str, anchor: str, budget: Budget, backend: Backend, state: Path) -> Episode:
+    def begin(cls, tier: Tier, span: Span, budget: Budget, backend: Backend, state: Path) -> Episode:
         """A new one, in a folder of its own below `state`."""
         name = secrets.token_hex(8)
         folder = state / f"{time.strftime('%Y%m%dT%H%M%S')}-{tier.name}-{name}"
-        self = cls(tier, start, anchor, budget, backend, folder, name)
+        self = cls(tier, span, budget, backend, folder, name)
         self.ledger.append(
             "episode",
             version=VERSION,
@@ -88,8 +81,9 @@ class Episode:
             tier=tier.name,
             fingerprint=tier.fingerprint(),
             track=tier.table.track,
-            start={"record": start, "value": self.start_value},
-            anchor={"record": anchor, "value": self.anchor_value},
+            start={"record": span.start, "value": span.start_value},
+            anchor={"record": span.anchor, "value": span.anchor_value},
+            human_only=span.human_only,
             reward_form=tier.table.reward.form,
             tests=tier.trial_fields(),
             budget=budget.limits,
@@ -101,14 +95,14 @@ class Episode:
 
     @property
     def recovered(self) -> float:
-        return scoring.recovered(self.start_value, self.anchor_value, self.best)
+        return scoring.recovered(self.span.start_value, self.span.anchor_value, self.best)
 
     @property
     def best(self) -> float:
         return self.frontier.value
 
     def _share(self, value: float) -> float:
-        return scoring.share(self.tier.table.reward.form, self.start_value, self.anchor_value, value)
+        return scoring.share(self.tier.table.reward.form, self.span.start_value, self.span.anchor_value, value)
 
     @property
     def active(self) -> list[AgentRun]:
@@ -282,7 +276,7 @@ class Episode:
             best=self.best,
             reward=reward,
             recovered=self.recovered,
-            recovered_log=scoring.recovered_log(self.start_value, self.anchor_value, self.best),
+            recovered_log=scoring.recovered_log(self.span.start_value, self.span.anchor_value, self.best),
         )
         return reward
 

@@ -80,9 +80,9 @@ def timing_text(verdict: Verdict) -> str:
 def state_text(episode: Episode) -> str:
     """Frontier, budget, last verdict: what `render` prints."""
     e = episode
-    of = e.tier.format
+    of, span = e.tier.format, e.span
     lines = [
-        f"{e.tier.name}: start {e.start} {of(e.start_value)}, anchor {e.anchor} {of(e.anchor_value)}, "
+        f"{e.tier.name}: start {span.start} {of(span.start_value)}, anchor {span.anchor} {of(span.anchor_value)}, "
         f"target {e.tier.table.training.target:g} nats",
         f"frontier: {of(e.best)} ({e.frontier.name}), recovered {e.recovered:.4f}",
     ]

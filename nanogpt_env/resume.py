@@ -67,8 +67,8 @@ def _opened(path: Path, head: Mapping[str, Any], tier: Tier, backend: Backend) -
         raise LedgerError(f"{path} is of tier {head['tier']} as it was: now its settings or calibration are others")
     # it cannot be told when it died: at the latest when it last wrote
     budget = Budget(head["budget"], elapsed=max(0.0, path.stat().st_mtime - head["time"]))
-    start, anchor = head["start"]["record"], head["anchor"]["record"]
-    return Episode(tier, start, anchor, budget, backend, path.parent, head["episode"])
+    span = tier.span(head["start"]["record"], head["anchor"]["record"], head.get("human_only"))
+    return Episode(tier, span, budget, backend, path.parent, head["episode"])
 
 
 class _Past:

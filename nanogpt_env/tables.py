@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from nanogpt_env.human import PublicTrack
 from nanogpt_env.scoring import RewardForm
 from nanogpt_env.types import AuditRules, Record, Track
 
@@ -118,7 +119,19 @@ class WallclockVerification(Verification):
 class Reward(Record):
     form: RewardForm = "linear"
     start: str
+    """the record that episodes begin with"""
+    anchor: str | None = None
+    """the record that 1 stands for; none where [human] says it"""
+
+
+class Human(Record):
+    """Rewards are measured between two records of a public table; `PublicTable.select` has the selectors."""
+
+    track: PublicTrack
+    start: str
     anchor: str
+    human_only: bool = False
+    """without what records gained that credit an AI system"""
 
 
 class TierTable(Record):
@@ -134,6 +147,20 @@ class TierTable(Record):
     budget: BudgetTable
     verification: Verification
     reward: Reward
+    human: Human | None = None
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if (self.human is None) == (self.reward.anchor is None):
+            raise ValueError("the anchor is reward.anchor, a record of this tier, or a [human] table has it; not both")
+        if self.human and (self.human.track == "optimization") != (self.track == "steps"):
+            raise ValueError(f"the public track {self.human.track} is not measured in what a {self.track} tier is")
+        return self
+
+    @property
+    def valued(self) -> tuple[str, ...]:
+        """Records of this tier whose value is needed."""
+        return (self.reward.start, self.reward.anchor) if self.reward.anchor else (self.reward.start,)
 
     @property
     @abc.abstractmethod

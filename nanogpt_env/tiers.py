@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, RootModel
 
 from nanogpt_env.content import content_root, state_dir
-from nanogpt_env.errors import TierError
+from nanogpt_env.errors import ActionError, TierError
 from nanogpt_env.tables import (
     Calibration,
     HostTiming,
@@ -71,8 +71,8 @@ def load_tier(name_or_path: str | Path, *, calibrated: bool = True, host: bool =
     folder = find_tier(name_or_path)
     try:
         tier = _load(folder, calibrated, host)
-        tier.record(tier.table.reward.start)
-        tier.record(tier.table.reward.anchor)
+        for record in tier.table.valued:
+            tier.record(record)
         if calibrated:
             _check_calibration(tier)
     except (ValueError, OSError) as error:
@@ -180,12 +180,10 @@ def _check_calibration(tier: Tier) -> None:
 
 def check_values(tier: Tier) -> None:
     """Raises `TierError` unless the start record is slower than the anchor."""
-    start, anchor = (tier.value_of(r) for r in (tier.table.reward.start, tier.table.reward.anchor))
-    if not start > anchor:
-        raise TierError(
-            f"tier {tier.name}: the start record ({tier.format(start)}) must be slower than the anchor "
-            f"({tier.format(anchor)})"
-        )
+    try:
+        tier.span()
+    except ActionError as error:
+        raise TierError(f"tier {tier.name}: {error}") from None
 
 
 def write_calibration(path: Path, calibration: Calibration | HostTiming) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from nanogpt_env.content import cache_dir, content_root
 from nanogpt_env.errors import ActionError, TierError
+from nanogpt_env.human import load_table
 from nanogpt_env.stats import SequentialTest
 from nanogpt_env.tables import (
     Calibration,
@@ -30,6 +31,21 @@ from nanogpt_env.tables import (
 from nanogpt_env.timing import PairTest
 from nanogpt_env.trials import LossTrial, TimeTrial, Trial
 from nanogpt_env.types import Job, Limits, Plan, StepsJob, WallclockJob
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What rewards are measured on: start and anchor with their values, and the record that episodes begin with."""
+
+    start: str
+    anchor: str
+    start_value: float
+    anchor_value: float
+    program: str
+    human_only: bool | None = None
+    """of public records: whether what AI systems gained was left out"""
+    cautions: tuple[str, ...] = ()
+    """what to know before the two are compared"""
 
 
 class Tier(BaseModel, abc.ABC):
@@ -67,6 +83,37 @@ class Tier(BaseModel, abc.ABC):
     @abc.abstractmethod
     def start_value_of(self, record: str) -> float:
         """What a record counts as when an episode starts from it."""
+
+    @abc.abstractmethod
+    def public_unit(self, start: float) -> float:
+        """What a public table's figures are divided by; `start`: the start record's."""
+
+    def span(self, start: str | None = None, anchor: str | None = None, human_only: bool | None = None) -> Span:
+        """Start and anchor by the tier's own records or, on tiers with a [human] table, by selectors of public ones;
+        left out, as the tier says. Raises `TierError` for what it has not, `ActionError` if the start is no slower."""
+        reward, human = self.table.reward, self.table.human
+        if human is None:
+            if human_only is not None:
+                raise ActionError(f"{self.name} is measured on its own records: human_only says nothing about them")
+            start, anchor = start or reward.start, anchor or str(reward.anchor)
+            span = Span(start, anchor, self.start_value_of(start), self.value_of(anchor), start)
+        else:
+            human_only = human.human_only if human_only is None else human_only
+            table = load_table(human.track)
+            try:
+                first, last = table.select(start or human.start), table.select(anchor or human.anchor)
+                gap = table.gap(first, last, human_only)
+            except ValueError as error:
+                raise TierError(f"tier {self.name}: {error}") from None
+            unit = self.public_unit(first.value)
+            span = Span(
+                f"#{first.number}", f"#{last.number}", first.value / unit, (first.value - gap) / unit, reward.start,
+                human_only, tuple(table.cautions(first, last)),
+            )  # fmt: skip
+        if not span.start_value > span.anchor_value:
+            a, b = (self.format(value) for value in (span.start_value, span.anchor_value))
+            raise ActionError(f"start record {span.start} ({a}) must be slower than anchor {span.anchor} ({b})")
+        return span
 
     @abc.abstractmethod
     def job(self, sources: Mapping[str, str], plan: Plan | None, seed: str, shards: tuple[str, ...]) -> Job:
@@ -155,7 +202,7 @@ class Tier(BaseModel, abc.ABC):
             "trained": self.trained(),
             "target": t.training.target,
             "verification": t.verification.model_dump(exclude={"slots"}),
-            "valued": [t.reward.start, t.reward.anchor],
+            "valued": list(t.valued),
         }
         return _digest(json.dumps(content, sort_keys=True))
 
@@ -194,6 +241,9 @@ class StepsTier(Tier):
 
     def start_value_of(self, record: str) -> float:
         return self.value_of(record)
+
+    def public_unit(self, start: float) -> float:
+        return 1.0
 
     def plan(self, horizon: int | None, steps: int | None) -> Plan:
         horizon = horizon or steps or self.record(self.table.reward.start).horizon
@@ -277,6 +327,9 @@ class WallclockTier(Tier):
         if record not in self.timing.log_ratios:
             raise TierError(f"record {record!r} of tier {self.name} was not timed: calibrate the tier")
         return math.exp(self.timing.log_ratios[record])
+
+    def public_unit(self, start: float) -> float:
+        return start
 
     def plan(self, horizon: int | None, steps: int | None) -> None:
         if horizon is not None or steps is not None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import statistics
 import time
@@ -31,6 +32,8 @@ from nanogpt_env import (
 )
 from nanogpt_env.actions import to_flat
 from nanogpt_env.budget import METERS, RUN_METERS
+from nanogpt_env.human import load_table
+from nanogpt_env.ledger import read_ledger
 from nanogpt_env.spaces import SCORES
 from nanogpt_env.tiers import builtin_tiers, load_tier
 from nanogpt_env.types import RunResult
@@ -258,18 +261,64 @@ def test_reset_takes_start_anchor_and_budget(make, tmp_path):
     c = c.model_copy(update={"fingerprint": tier.fingerprint(), "records": {**c.records, "middle": middle}})
     (folder / "calibration.json").write_text(c.model_dump_json())
     env = make(tier=folder, start="middle", budget={"runs": 3})
-    assert env.episode.start_value == 75
+    assert env.episode.span.start_value == 75
     _, info = env.reset(options={"anchor": "middle", "start": "slow", "budget": {"submissions": 4, "runs": 2}})
-    assert (env.episode.start_value, env.episode.anchor_value) == (START, 75)
+    assert (env.episode.span.start_value, env.episode.span.anchor_value) == (START, 75)
     assert (info["budget"]["submissions"]["limit"], info["budget"]["runs"]["limit"]) == (4, 2)
     _, info = env.reset()
-    assert (env.episode.start_value, info["budget"]["runs"]["limit"]) == (75, 3)
+    assert (env.episode.span.start_value, info["budget"]["runs"]["limit"]) == (75, 3)
+
+
+@pytest.fixture
+def public_tier(tmp_path):
+    """tiny-steps, but measured between records of the public optimization track."""
+    folder = tmp_path / "public"
+    shutil.copytree(TINY, folder)
+    table = (folder / "env.toml").read_text()
+    human = '\n[human]\ntrack = "optimization"\nstart = "1"\nanchor = "before 2026-05-20"\n'
+    (folder / "env.toml").write_text(re.sub(r'anchor = "\w+"\n?', "", table) + human)
+    c = TIER.measured.model_copy(update={"fingerprint": load_tier(folder, calibrated=False).fingerprint()})
+    (folder / "calibration.json").write_text(c.model_dump_json())
+    return folder
+
+
+def test_start_and_anchor_from_a_public_table(make, public_tier):
+    env = make(tier=public_tier)
+    table = load_table("optimization")
+    assert env.episode.span.start == "#1"
+    assert env.episode.span.start_value == table.select("1").value
+    assert env.episode.span.anchor_value == table.select("before 2026-05-20").value
+    assert env.workspace.files == dict(TIER.records["slow"].sources)
+    env.reset(options={"anchor": "latest", "start": "before 2026-05-20"})
+    latest, early = table.select("latest"), table.select("before 2026-05-20")
+    assert (env.episode.span.start, env.episode.span.anchor) == (f"#{early.number}", f"#{latest.number}")
+    env.reset(options={"anchor": "latest", "human_only": True})
+    head = read_ledger(env.episode.ledger.path)[0][0]
+    assert (head["start"]["record"], head["human_only"]) == ("#1", True)
+    assert env.episode.span.cautions == ("record 1 fails the table's own rule",)
+    with pytest.raises(TierError, match="no record 'before 2000-01-01'"):
+        env.reset(options={"anchor": "before 2000-01-01"})
+    with pytest.raises(TierError, match="no better"):
+        env.reset(options={"anchor": "1", "start": "latest"})
+
+
+def test_a_tier_says_once_what_it_is_measured_on(public_tier):
+    path = public_tier / "env.toml"
+    table = path.read_text()
+    for wrong, text in (
+        (table.replace("[reward]", '[reward]\nanchor = "fast"'), "not both"),
+        (table.replace('"optimization"', '"short"'), "not measured in what a steps tier is"),
+        (table.partition("[human]")[0], "a \\[human\\] table has it"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(TierError, match=text):
+            load_tier(public_tier)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"difficulty": 3}, ActionError, "unknown options difficulty; there are start, anchor, budget"),
+        ({"difficulty": 3}, ActionError, "unknown options difficulty; there are start, anchor, human_only, budget"),
         ({"budget": {"gpu_hours": 3}}, ActionError, "unknown meters gpu_hours"),
         ({"budget": {"runs": 0}}, ActionError, "positive and finite"),
         ({"budget": {"runs": math.nan}}, ActionError, "positive and finite"),
@@ -277,6 +326,7 @@ def test_reset_takes_start_anchor_and_budget(make, tmp_path):
         ({"budget": {"runs": "many"}}, ActionError, "positive and finite"),
         ({"budget": {"submissions": 6}}, ActionError, "lowered but not raised"),
         ({"start": "gpt-5"}, TierError, "it has slow, fast"),
+        ({"human_only": True}, ActionError, "measured on its own records"),
         ({"start": "fast", "anchor": "slow"}, ActionError, "must be slower"),
     ],
 )

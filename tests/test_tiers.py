@@ -283,7 +283,7 @@ def test_start_must_be_slower_than_anchor(folder):
     replace_line(folder / "env.toml", "start", 'start = "normuon"')
     replace_line(folder / "env.toml", "anchor", 'anchor = "adamw"')
     write_calibration(folder)
-    refused(folder, "start record (141 steps)", "slower than the anchor (266 steps)")
+    refused(folder, "start record normuon (141 steps)", "slower than anchor adamw (266 steps)")
 
 
 def test_a_record_without_a_value(folder):

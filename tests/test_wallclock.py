@@ -13,9 +13,10 @@ from nanogpt_env import EditFile, ReadFile, Run, Speedrun, Submit, WriteFile
 from nanogpt_env.agents import LadderAgent, play
 from nanogpt_env.backends.local import LocalBackend
 from nanogpt_env.errors import ActionError, BackendError, TierError
+from nanogpt_env.human import load_table
 from nanogpt_env.ledger import read_ledger
 from nanogpt_env.replay import replay
-from nanogpt_env.tables import HostTiming
+from nanogpt_env.tables import HostTiming, Human
 from nanogpt_env.tiers import host_timing_path, load_tier, write_calibration
 from nanogpt_env.tracks import WallclockTier
 from nanogpt_env.trials import MAX_SESSIONS
@@ -261,7 +262,23 @@ def test_an_episode_may_start_from_another_record(tmp_path, start):
         with pytest.raises(ActionError, match="slower than anchor"):
             make(tmp_path, backend({}), start="fast")
         return
-    assert make(tmp_path, backend({}), start=start).episode.start_value == 1.0
+    assert make(tmp_path, backend({}), start=start).episode.span.start_value == 1.0
+
+
+def test_public_records_as_start_and_anchor_are_shares_of_the_start():
+    human = Human(track="short", start="before 2025-09-04", anchor="2026-01-16")
+    table = TIER.table.model_copy(update={"human": human})
+    tier, public = TIER.model_copy(update={"table": table}), load_table("short")
+    first, last = public.select(human.start), public.select(human.anchor)
+    span = tier.span()
+    assert (span.start, span.anchor, span.program) == (f"#{first.number}", f"#{last.number}", "slow")
+    assert (span.start_value, span.anchor_value) == (1.0, pytest.approx(last.value / first.value))
+    without = tier.span(human_only=True)
+    gap = first.value - last.value
+    assert 0 < without.start_value - without.anchor_value < gap / first.value
+    assert without.start_value - without.anchor_value == pytest.approx(public.gap(first, last, True) / first.value)
+    assert any("Intology Locus" in line for line in span.cautions)
+    assert tier.span(anchor="#32").anchor == "#32"
 
 
 def test_a_forged_time_in_the_ledger_shows(tmp_path):
