@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -123,6 +124,40 @@ def _show_wallclock(tier: WallclockTier) -> None:
         f"times from {where}: sd of a pair {tier.timing.pair_sd:.2%}, {tier.pair_test().pairs} pairs\n"
         f"table floor {floor['bigrams']:.3f} nats, {floor['finished']:.3f} after a short finish"
     )
+
+
+@tiers_app.command("plan")
+def tiers_plan(
+    flops: Annotated[float, typer.Argument(help="Of one run of the start record, such as 1e16.", show_default=False)],
+    hardware: Annotated[str, typer.Option(help="A profile (cpu, h100, h200) or the file of one.")] = "cpu",
+    gpus: Annotated[int, typer.Option(min=1, help="Devices; of a CPU, cores.")] = 1,
+    corpus: Annotated[str, typer.Option(help="shakespeare or fineweb10B. Default: the former below 1e14 FLOPs.")] = "",
+    output: Annotated[Path | None, typer.Option(help="Folder to make. Default: steps-FLOPS, here.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the plan, write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Propose a tier of the optimizer track for a FLOP budget: model, tokens, batch, target, time and memory; write its
+    folder, to be calibrated."""
+    from nanogpt_env import planning
+    from nanogpt_env.hardware import load_hardware
+
+    plan = planning.plan(flops, load_hardware(hardware), gpus, corpus)
+    folder = output or Path(f"steps-{flops:.0e}".replace("+", ""))
+    if not dry_run:
+        planning.write_tier(plan, folder)
+    if as_json:
+        print_json({"folder": None if dry_run else folder, "plan": plan.model_dump()})
+        return 0
+    table = Table(show_header=False)
+    for name, value in plan.summary().items():
+        table.add_row(name, value)
+    console.print(table)
+    for line in plan.extrapolated:
+        say(f"extrapolated: {line}")
+    if not dry_run:
+        fetch = f"nanogpt-env data fetch --tier {folder}\n" if plan.family.corpus == planning.FINEWEB.corpus else ""
+        say(f"wrote {folder}. Next:\n{fetch}nanogpt-env tiers calibrate {folder}")
+    return 0
 
 
 @tiers_app.command("calibrate")

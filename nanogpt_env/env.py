@@ -22,6 +22,7 @@ from nanogpt_env.budget import METERS, Budget
 from nanogpt_env.content import state_dir
 from nanogpt_env.episode import AgentRun, Episode
 from nanogpt_env.errors import ActionError, BackendError, BudgetError, LedgerError
+from nanogpt_env.hardware import mfu
 from nanogpt_env.ledger import write_whole
 from nanogpt_env.resume import resume
 from nanogpt_env.spaces import MAX_TEXT, action_space, box, observation_space
@@ -37,6 +38,7 @@ StepResult = tuple[Observation, float, bool, bool, Info]
 
 
 CHECKPOINT = "checkpoint.json"
+GPU_HOUR_S = 3600.0
 
 
 @dataclass
@@ -298,7 +300,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         info: dict[str, Any] = {"handle": run.handle, "done": run.result is not None or bool(run.error)}
         info |= {"horizon": run.plan.horizon if run.plan else None, "seed": run.seed}
         if run.result:
-            info |= run.result.model_dump()
+            info |= {**run.result.model_dump(), "mfu": mfu(run.result)}
         return info
 
     def _find(self, handle: str) -> AgentRun:
@@ -380,12 +382,12 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         return {**self._defaults, **options}
 
     def _limits(self, override: Mapping[str, float]) -> dict[str, float]:
-        """The tier's allowances with overrides. More submissions than the tier's would spend more than
-        its alpha, so that meter can only be lowered."""
+        """The tier's allowances with overrides; `gpu_hours` stands for device_seconds. More submissions than the
+        tier's would spend more than its alpha, so that meter can only be lowered."""
         limits: dict[str, float] = self.tier.table.budget.model_dump()
-        unknown = set(override) - set(limits)
+        unknown = set(override) - set(limits) - {"gpu_hours"}
         if unknown:
-            raise ActionError(f"unknown meters {', '.join(sorted(unknown))}; there are {', '.join(limits)}")
+            raise ActionError(f"unknown meters {', '.join(sorted(unknown))}; there are {', '.join(limits)}, gpu_hours")
         for meter, value in override.items():
             if not isinstance(value, (int, float, np.integer)) or not (np.isfinite(value) and value > 0):
                 raise ActionError(f"budget {meter} must be positive and finite, got {value}")
@@ -394,4 +396,9 @@ class Speedrun(gymnasium.Env[Observation, Any]):
                 f"submissions can be lowered but not raised above the tier's {limits['submissions']}: "
                 "its error level is spent over them"
             )
-        return limits | {m: float(v) for m, v in override.items()}
+        if {"gpu_hours", "device_seconds"} <= set(override):
+            raise ActionError("gpu_hours and device_seconds are one meter: give one of them")
+        limits |= {m: float(v) for m, v in override.items()}
+        if hours := limits.pop("gpu_hours", 0.0):
+            limits["device_seconds"] = GPU_HOUR_S * hours
+        return limits

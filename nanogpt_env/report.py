@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nanogpt_env.episode import AgentRun, Episode
+from nanogpt_env.hardware import mfu
 from nanogpt_env.types import Audit, RunResult, Verdict
 
 LOG_CHARACTERS = 4000
@@ -37,7 +38,9 @@ def run_text(run: AgentRun, shard: str) -> str:
         if run.plan
         else f"train_seconds: {r.train_seconds:.2f}"
     )
-    lines.append(f"  tokens: {r.tokens:,}  flops: {r.flops:.3g}  device_seconds: {r.device_seconds:.1f}  {time}")
+    used = mfu(r)
+    flops = f"{r.flops:.3g}" + (f" (MFU {used:.0%})" if used else "")
+    lines.append(f"  tokens: {r.tokens:,}  flops: {flops}  device_seconds: {r.device_seconds:.1f}  {time}")
     lines.append(f"  sandbox: {r.sandbox.name}" + ("" if r.sandbox.trusted else " (trusted: false)"))
     if not r.sandbox.trusted and r.sandbox.note:
         lines.append(f"  {r.sandbox.note}")

@@ -21,6 +21,7 @@ from nanogpt_env.tables import (
     Calibration,
     HostTiming,
     HumanRecord,
+    Model,
     StepsCalibration,
     StepsRecord,
     StepsTable,
@@ -164,10 +165,8 @@ class Tier(BaseModel, abc.ABC):
         return beside if beside.is_dir() else content_root() / "gpu_backend" / "corpora" / self.table.data.corpus
 
     def flops_per_token(self) -> int:
-        """Forward and backward: 6 N_mm + 12 L d T at the full length T; a test holds it to the trainer's."""
-        m = self.table.model
-        matmul_weights = m.layers * 12 * m.width**2 + m.vocab_size * m.width
-        return 6 * matmul_weights + 12 * m.layers * m.width * m.seq_len
+        """Forward and backward at the full length."""
+        return flops_per_token(self.table.model)
 
     def _job_fields(self, seed: str, shards: tuple[str, ...]) -> dict[str, Any]:
         return {
@@ -374,6 +373,16 @@ class WallclockTier(Tier):
             "audit": self.table.audit and self.table.audit.model_dump(),
             "records": {r.name: r.sources for r in self.records.values()},
         }
+
+
+def matmul_weights(m: Model) -> int:
+    """Weights that take part in matrix products: blocks and head, not the embedding's look-up."""
+    return m.layers * 12 * m.width**2 + m.vocab_size * m.width
+
+
+def flops_per_token(m: Model) -> int:
+    """Forward and backward: 6 N_mm + 12 L d T at the full length T; a test holds it to the trainer's."""
+    return 6 * matmul_weights(m) + 12 * m.layers * m.width * m.seq_len
 
 
 def _digest(text: str) -> str:

@@ -25,8 +25,8 @@ TIER = load_tier(TINY)
 FAST = TIER.records["fast"]
 CLAIM = TIER.measured.records["fast"].claim or FAST.horizon
 COMMANDS = [
-    "doctor", "attack", "image", "tiers list", "tiers show", "tiers calibrate", "tiers time", "records list",
-    "records show", "records plot", "data fetch", "data check", "data path", "new", "run", "submit", "play", "replay",
+    "doctor", "attack", "image", "tiers list", "tiers show", "tiers plan", "tiers calibrate", "tiers time",
+    "records list", "records show", "records plot", "data fetch", "data check", "data path", "new", "run", "submit", "play", "replay",
 ]  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def test_info_has_stable_keys_and_fresh_objects(make):
     for action, more in expected:
         infos.append(env.step(action)[4])
         assert set(infos[-1]) == INFO | more, action
-    assert set(infos[2]["run"]) == {"handle", "done", "horizon", "seed", *RunResult.model_fields}
+    assert set(infos[2]["run"]) == {"handle", "done", "horizon", "seed", "mfu", *RunResult.model_fields}
     for a, b in itertools.pairwise(infos):
         assert a is not b
         assert a["budget"] is not b["budget"]
@@ -302,6 +302,12 @@ def test_start_and_anchor_from_a_public_table(make, public_tier):
         env.reset(options={"anchor": "1", "start": "latest"})
 
 
+def test_gpu_hours_stand_for_device_seconds(make):
+    env = make()
+    _, info = env.reset(options={"budget": {"gpu_hours": 0.5}})
+    assert info["budget"]["device_seconds"]["limit"] == 1800
+
+
 def test_a_tier_says_once_what_it_is_measured_on(public_tier):
     path = public_tier / "env.toml"
     table = path.read_text()
@@ -319,7 +325,10 @@ def test_a_tier_says_once_what_it_is_measured_on(public_tier):
     ("options", "error", "text"),
     [
         ({"difficulty": 3}, ActionError, "unknown options difficulty; there are start, anchor, human_only, budget"),
-        ({"budget": {"gpu_hours": 3}}, ActionError, "unknown meters gpu_hours"),
+        ({"budget": {"gpu_days": 3}}, ActionError, "unknown meters gpu_days"),
+        ({"budget": {"gpu_hours": 3, "device_seconds": 4}}, ActionError, "one meter"),
+        ({"budget": {"gpu_hours": "3"}}, ActionError, "positive and finite"),
+        ({"budget": {"gpu_hours": -3}}, ActionError, "positive and finite"),
         ({"budget": {"runs": 0}}, ActionError, "positive and finite"),
         ({"budget": {"runs": math.nan}}, ActionError, "positive and finite"),
         ({"budget": {"runs": math.inf}}, ActionError, "positive and finite"),
