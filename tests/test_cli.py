@@ -26,7 +26,8 @@ FAST = TIER.records["fast"]
 CLAIM = TIER.measured.records["fast"].claim or FAST.horizon
 COMMANDS = [
     "doctor", "attack", "image", "tiers list", "tiers show", "tiers plan", "tiers calibrate", "tiers time",
-    "records list", "records show", "records plot", "data fetch", "data check", "data path", "new", "run", "submit", "play", "replay",
+    "records list", "records show", "records plot", "data fetch", "data check", "data path", "new", "run",
+    "submit", "play", "replay",
 ]  # fmt: skip
 
 

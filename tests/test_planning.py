@@ -124,9 +124,8 @@ def test_mfu():
 
 def test_a_profile_of_ones_own(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(
-        'name = "mine"\nsummary = "s"\nmatches = []\nmemory_bytes = 1e9\nsource = "me"\npeak_flops = {fp32 = 0}\n'
-    )
+    lines = ['name = "mine"', 'summary = "s"', "matches = []", "memory_bytes = 1e9", 'source = "me"']
+    path.write_text("\n".join([*lines, "peak_flops = {fp32 = 0}"]))
     with pytest.raises(TierError, match=r"peak_flops\.fp32"):
         load_hardware(str(path))
     path.write_text(path.read_text().replace("fp32 = 0", "fp32 = 1e12"))
