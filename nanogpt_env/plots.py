@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def records(path: Path, table: PublicTable, human_only: bool = False) -> None:
     days: dict[int, Any] = {r.number: r.date for r in rows}
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.step(list(days.values()), [r.value for r in rows], where="post", color="C0", linewidth=1)
+    best = list(itertools.accumulate((r.value for r in rows), min))  # dates are of submission, not of acceptance
+    axes.step(list(days.values()), best, where="post", color="C0", linewidth=1)
     kinds = {
         "people": ("o", "C0", [r for r in rows if not r.ai_system and not r.framework_upgrade_only]),
         "credits an AI system": ("D", "C3", [r for r in rows if r.ai_system]),
