@@ -57,7 +57,7 @@ def repeat(tier: StepsTier, source: str, steps: int, number: int) -> dict[str, f
         if number % 2:
             ours, theirs = theirs, ours
         in_process = InProcessRule(ours, source, steps, job.stream_seed("rule"))
-        isolated = TimedRule(process, theirs.flat, source, steps, job.stream_seed("rule"), theirs.limits)
+        isolated = TimedRule(process, theirs.flat, source, steps, [job.stream_seed("rule")], theirs.limits)
         times: dict[str, list[float]] = {k: [] for k in ("in_process", "isolated", "copies", "wake_ups", "rule")}
         losses: dict[str, list[float]] = {"in_process": [], "isolated": []}
         both: list[tuple[str, Training, Rule]] = [

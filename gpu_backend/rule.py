@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections import deque
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +24,43 @@ WINDOW_MIN = 5
 
 
 class Flat:
-    """A model whose parameters and gradients are views of two flat float32 tensors."""
+    """A model whose parameters and gradients are views of two flat float32 tensors, shard after shard. A shard's
+    parameters are updated without sight of the others."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shards: int = 1) -> None:
         named = list(model.named_parameters())
-        total = sum(p.numel() for _, p in named)
-        self.params, self.gradients = torch.empty(total), torch.zeros(total)
-        self.tensors: list[dict[str, object]] = []
+        device, total = named[0][1].device, sum(p.numel() for _, p in named)
+        self.params, self.gradients = torch.empty(total, device=device), torch.zeros(total, device=device)
+        self.shards: list[list[dict[str, Any]]] = []
+        self.bounds: list[slice] = []
         offset = 0
-        for name, p in named:
-            part = slice(offset, offset + p.numel())
-            self.params[part] = p.detach().flatten()
-            p.data = self.params[part].view(p.shape)
-            p.grad = self.gradients[part].view(p.shape)
-            entry = {"name": name, "shape": list(p.shape), "numel": p.numel(), "offset": offset}
-            self.tensors.append(entry)
-            offset += p.numel()
+        for members in partition([p.numel() for _, p in named], shards):
+            begin = offset
+            self.shards.append([])
+            for name, p in (named[i] for i in members):
+                part = slice(offset, offset + p.numel())
+                self.params[part] = p.detach().flatten()
+                p.data = self.params[part].view(p.shape)
+                p.grad = self.gradients[part].view(p.shape)
+                entry = {"name": name, "shape": list(p.shape), "numel": p.numel(), "offset": offset}
+                self.shards[-1].append(entry)
+                offset += p.numel()
+            self.bounds.append(slice(begin, offset))
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """A flat tensor's views by shard."""
+        return [flat[part] for part in self.bounds]
+
+
+def partition(sizes: list[int], shards: int) -> list[list[int]]:
+    """Indices by shard, in order: the largest first, each to the shard that has least. Raises ValueError if a shard
+    would be empty."""
+    if not 1 <= shards <= len(sizes):
+        raise ValueError(f"{len(sizes)} tensors cannot be split into {shards} shards")
+    members: list[list[int]] = [[] for _ in range(shards)]
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        min(members, key=lambda shard: sum(sizes[j] for j in shard)).append(i)
+    return [sorted(shard) for shard in members]
 
 
 class Rule(Protocol):
@@ -53,37 +74,53 @@ class Rule(Protocol):
 
 
 class IsolatedRule:
-    """Drives a rule host in its sandbox. All waits are bounded; every fault is a `RunFailed`."""
+    """Drives a rule host in its sandbox, on shards `own` of the parameters. All waits are bounded; every fault is a
+    `RunFailed`. On a GPU what is exchanged goes through host memory (`device`: where the rule has its own copy)."""
 
-    def __init__(self, process: Process, flat: Flat, source: str, horizon: int, seed: int, limits: Limits) -> None:
+    def __init__(
+        self,
+        process: Process,
+        flat: Flat,
+        source: str,
+        horizon: int,
+        seeds: list[int],
+        limits: Limits,
+        own: range | None = None,
+        device: str = "",
+    ) -> None:
+        """`seeds`: one a shard."""
+        own = range(len(flat.shards)) if own is None else own
         self.flat, self.limits = flat, limits
+        self.part = slice(flat.bounds[own[0]].start, flat.bounds[own[-1]].stop)
+        count = self.part.stop - self.part.start
         self.total_rule_s = self.total_forward_backward_s = 0.0
         self._window: deque[list[float]] = deque(maxlen=WINDOW)  # seconds of the rule, and ours, by step
         self._charged_step = 0
-        section = -(-flat.params.numel() * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
+        section = -(-count * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
         self.line = Candidate(process, limits, 3 * section)
         self._params, self._gradients, self._readout = (
-            torch.frombuffer(self.line.memory, dtype=torch.float32, count=flat.params.numel(), offset=i * section)
-            for i in range(3)
+            torch.frombuffer(self.line.memory, dtype=torch.float32, count=count, offset=i * section) for i in range(3)
         )
-        self._params.copy_(flat.params)
+        self._params.copy_(flat.params[self.part])
         sections = {"params": 0, "gradients": section, "readout": 2 * section}
-        job = {"tensors": flat.tensors, "source": source, "horizon": horizon, "seed": seed}
-        self.line.set_up({**sections, **job})
+        shards = [[{**e, "offset": e["offset"] - self.part.start} for e in flat.shards[i]] for i in own]
+        own_seeds = [seeds[i] for i in own]
+        job = {"shards": shards, "seeds": own_seeds, "seed": own_seeds[0], "source": source, "horizon": horizon}
+        self.line.set_up({**sections, **job, "device": device})
         status = self.line.receive(limits.setup_s)[0]
         if status not in (host.DONE, host.READY_WITH_READOUT):
             raise RunFailed("candidate_protocol", f"unexpected answer {status} to the set-up")
         self.has_readout = status == host.READY_WITH_READOUT
-        flat.params.copy_(self._params)
+        flat.params[self.part].copy_(self._params)
         self._cpu = self.line.cpu_seconds()
 
     def step(self, step: int, forward_backward_s: float) -> None:
         """Hand over the gradients, wait for the update, copy the parameters out."""
-        self._gradients.copy_(self.flat.gradients)
+        self._gradients.copy_(self.flat.gradients[self.part])
         # the first step may allocate state and compile, within what is left of the set-up allowance
         set_up = self.line.started + self.limits.setup_s - time.monotonic()
         self._ask(host.STEP, step, max(set_up, 0.0) if step == 0 else self.limits.stall_s)
-        self.flat.params.copy_(self._params)
+        self.flat.params[self.part].copy_(self._params)
         if step == 0:
             self._cpu = self.line.cpu_seconds()
             return
@@ -91,11 +128,13 @@ class IsolatedRule:
         self._charge(step, forward_backward_s)
 
     def readout(self) -> Tensor:
-        """Flat parameters to evaluate: the candidate's averaged weights, or the current ones."""
+        """Flat parameters to evaluate: the candidate's averaged weights, or the current ones. Of other ranks' shards
+        the current ones in any case."""
         if not self.has_readout:
             return self.flat.params
         self._ask(host.READOUT, 0, self.limits.stall_s)
-        copied = self._readout.clone()
+        copied = self.flat.params.clone()
+        copied[self.part].copy_(self._readout)
         if self._window:
             self._charge(self._charged_step, 0.0)  # with the step before it
         return copied

@@ -10,12 +10,13 @@ A candidate defines (docs/candidate.md):
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import mmap
 import socket
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,53 @@ def _answer(control: socket.socket, rule: _Rule) -> None:
 
 
 class _Rule:
-    """The candidate's module bound to parameters, gradients and readout in shared memory."""
+    """The candidate's module, bound to each of its shards of the parameters in turn. With several of them, each has its
+    own state of torch's generator: what it draws does not depend on which others are in this process."""
 
     def __init__(self, message: dict[str, Any], shared: mmap.mmap) -> None:
+        import torch
+
+        source = message["source"]
+        module = types.ModuleType("optimizer")
+        sys.modules["optimizer"] = module  # dataclasses look their module up
+        linecache.cache["optimizer.py"] = (len(source), None, source.splitlines(True), "optimizer.py")
+        exec(compile(source, "optimizer.py", "exec"), module.__dict__)
+        self.torch, self.generators = torch, []
+        self.shards = []
+        for entries, seed in zip(message["shards"], message["seeds"], strict=True):
+            if len(message["shards"]) > 1:
+                torch.manual_seed(seed)
+            self.shards.append(_Shard(module, message, entries, shared))
+            self.generators.append(torch.get_rng_state())
+        self.readout = self.shards[0].readout
+
+    def step(self, step: int) -> None:
+        for i, shard in enumerate(self.shards):
+            with self._generator(i):
+                shard.step(step)
+
+    def write_readout(self) -> None:
+        for i, shard in enumerate(self.shards):
+            with self._generator(i):
+                shard.write_readout()
+
+    @contextlib.contextmanager
+    def _generator(self, i: int) -> Iterator[None]:
+        if len(self.shards) == 1:
+            yield
+            return
+        self.torch.set_rng_state(self.generators[i])
+        yield
+        self.generators[i] = self.torch.get_rng_state()
+
+
+class _Shard:
+    """A module's hooks on some parameters, with gradients and readout in shared memory; where `device` is given, the
+    parameters that the module works on are copies there."""
+
+    def __init__(
+        self, module: types.ModuleType, message: dict[str, Any], entries: list[dict[str, Any]], shared: mmap.mmap
+    ) -> None:
         import torch
 
         def view(section: str, entry: dict[str, Any]) -> Any:
@@ -61,16 +106,11 @@ class _Rule:
             flat = torch.frombuffer(shared, dtype=torch.float32, count=entry["numel"], offset=offset)
             return flat.view(entry["shape"])
 
-        entries, source = message["tensors"], message["source"]
-        self.torch, self.horizon = torch, message["horizon"]
+        self.torch, self.horizon, self.device = torch, message["horizon"], message["device"]
         self.stored = {e["name"]: view("params", e) for e in entries}
         self.gradients = {e["name"]: view("gradients", e) for e in entries}
         self.out = {e["name"]: view("readout", e) for e in entries}
-        self.params = {n: torch.nn.Parameter(t) for n, t in self.stored.items()}
-        module = types.ModuleType("optimizer")
-        sys.modules["optimizer"] = module  # dataclasses look their module up
-        linecache.cache["optimizer.py"] = (len(source), None, source.splitlines(True), "optimizer.py")
-        exec(compile(source, "optimizer.py", "exec"), module.__dict__)
+        self.params = {n: torch.nn.Parameter(self._placed(t)) for n, t in self.stored.items()}
         hooks: list[Callable[..., Any] | None] = [
             getattr(module, name, None) for name in ("init", "configure", "schedule", "readout")
         ]
@@ -90,12 +130,15 @@ class _Rule:
 
     def step(self, step: int) -> None:
         for name, parameter in self.params.items():
-            parameter.grad = self.gradients[name]  # again: zero_grad may have dropped it
+            parameter.grad = self._placed(self.gradients[name])  # again: zero_grad may have dropped it
         if self.schedule:
             self.schedule(step, self.horizon, self.optimizers)
         for optimizer in self.optimizers:
             optimizer.step()
         self._store()
+
+    def _placed(self, tensor: Any) -> Any:
+        return tensor.to(self.device, copy=True) if self.device else tensor
 
     def _store(self) -> None:
         """A rule may have rebound `p.data`; the trainer reads only the shared bytes."""

@@ -10,6 +10,7 @@ standard input, or its end, cancels the run. Warm ones are forked (forkserver.py
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,23 @@ class StepsJob(Job):
     horizon: int
     points: list[int]
     point_tokens: int
+    ranks: int = 1
+    """processes that train together; each takes its share of the batch and of the shards"""
+    shards: int = 1
+    """sets of parameters that are updated without sight of each other"""
+    micro_batch: int = 0
+    """rows at a time, whose gradients are accumulated; 0: all of a rank's"""
+    numbers: str = "fp32"
+    """or bf16, by autocast"""
+    exchange: str = ""
+    """device where the rule has its own copy of what is exchanged; none: it works on the shared memory"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ranks < 1 or self.batch_size % self.ranks or self.shards % self.ranks:
+            raise ValueError(f"{self.ranks} ranks cannot share {self.batch_size} rows and {self.shards} shards evenly")
+        if self.numbers not in ("fp32", "bf16") or self.micro_batch < 0:
+            raise ValueError(f"need fp32 or bf16 and micro_batch >= 0, not {self.numbers} and {self.micro_batch}")
         if self.steps < 1 or self.horizon < self.steps:
             raise ValueError(f"steps must be at least 1 and at most the horizon, got {self.steps} of {self.horizon}")
 
@@ -135,15 +150,18 @@ class Result:
 
 
 class Cancel:
-    """Set when the caller closes or writes to standard input; kills the candidate at once."""
+    """Set when the caller closes or writes to standard input; kills the candidate at once. With `last` it ends this
+    process, too: a further rank, whose first has ended."""
 
-    def __init__(self, process: Process) -> None:
-        self.process, self.called = process, False
+    def __init__(self, process: Process, last: bool = False) -> None:
+        self.process, self.called, self.last = process, False, last
 
     def watch(self) -> None:
         sys.stdin.readline()
         self.called = True
         self.process.stop()
+        if self.last:
+            os._exit(1)  # it may be waiting for ranks that are gone
 
     def now(self, process: Process) -> Process:
         """From here on this is the candidate's process."""
@@ -165,7 +183,7 @@ Launch = Callable[[int, str], Process]
 `SandboxError`."""
 
 
-def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Launch) -> Result:
+def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Launch, ranks: Any = None) -> Result:
     """Train and evaluate. Candidate faults and cancellation end in a `Result`, never an exception. A free model is
     evaluated in further processes that `launch` starts."""
     from candidate import RunFailed
@@ -179,7 +197,7 @@ def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Lau
         started.pin(job.cores)
         return started
 
-    setting = _setting(job, result, cancel, evaluator)  # what it raises is the job's fault, no candidate's
+    setting = _setting(job, result, cancel, evaluator, ranks)  # what it raises is the job's fault, no candidate's
     try:
         trained = setting.train(process, lambda: emit("progress", **_progress(job, result)))
         process.kill()  # before the final evaluation: nothing of the candidate is alive in it
@@ -207,14 +225,30 @@ def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Lau
     return result
 
 
-def _setting(job: Job, result: Result, cancel: Cancel, evaluator: Callable[[int], Process]) -> Any:
+def _setting(job: Job, result: Result, cancel: Cancel, evaluator: Callable[[int], Process], ranks: Any) -> Any:
     from timed import Timed
     from training import Training
 
     if isinstance(job, StepsJob):
-        return Training(job, result, lambda: cancel.called)
+        return Training(job, result, lambda: cancel.called, ranks)
     assert isinstance(job, WallclockJob)
     return Timed(job, result, lambda: cancel.called, evaluator)
+
+
+@contextlib.contextmanager
+def _ranks(job: Job, line: str, arguments: list[str] | None, rank: int, store: str) -> Iterator[Any]:
+    """This rank of the run's; the first starts the others."""
+    import ranks
+
+    size = job.ranks if isinstance(job, StepsJob) else 1
+    with contextlib.ExitStack() as stack:
+        if size > 1 and rank == 0:
+            if arguments is None:
+                raise ValueError("a run of several ranks needs a cold start")
+            store = stack.enter_context(ranks.others(size, arguments, line))
+        mine = ranks.Ranks(rank, size, store, job.limits["deadline_s"])
+        stack.callback(mine.close)
+        yield mine
 
 
 def _progress(job: Job, result: Result) -> dict[str, Any]:
@@ -260,8 +294,9 @@ def preload() -> None:
     torch.set_num_threads(1)
 
 
-def serve(track: Track, launch: Launch) -> int:
-    """One run: the job from standard input, events to standard output. The exit code."""
+def serve(track: Track, launch: Launch, arguments: list[str] | None = None, rank: int = 0, store: str = "") -> int:
+    """One run: the job from standard input, events to standard output. The exit code. `arguments`: those that further
+    ranks of the run are started with; None where they cannot be. `rank`, `store`: of a further rank."""
     # the job's, whatever the locale; typeshed does not know that it is a TextIOWrapper
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     log = BoundedLog()
@@ -286,10 +321,11 @@ def serve(track: Track, launch: Launch) -> int:
         except SandboxError as error:
             emit("error", message=f"{error}\n{log.text()[-2000:]}".strip())
             return 3
-        cancel = Cancel(process)
+        cancel = Cancel(process, last=rank > 0)
         threading.Thread(target=cancel.watch, daemon=True).start()
         try:
-            result = run(job, process, log, cancel, launch)
+            with _ranks(job, line, arguments, rank, store) as ranks:
+                result = run(job, process, log, cancel, launch, ranks)
         except (ValueError, OSError) as error:  # our own configuration or data, not the candidate
             emit("error", message=str(error))
             return 2
@@ -306,10 +342,16 @@ def main() -> int:
     parser.add_argument("--track", default="steps", choices=list(TRACKS))
     parser.add_argument("--hide", action="append", default=[], help="folder no candidate may see")
     parser.add_argument("--note", default="", help="for the results, about the sandbox")
+    parser.add_argument("--rank", type=int, default=0, help="of a run that several trainers share")
+    parser.add_argument("--store", default="", help="file by which they find each other")
     args = parser.parse_args()
     adopt_orphans()
     hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
-    return serve(TRACKS[args.track], lambda log_fd, host: sandbox.launch(args.sandbox, hidden, log_fd, host, args.note))
+
+    def launch(log_fd: int, host: str) -> Process:
+        return sandbox.launch(args.sandbox, hidden, log_fd, host, args.note)
+
+    return serve(TRACKS[args.track], launch, sys.argv[1:], args.rank, args.store)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from ranks import Ranks
 from torch import Tensor
 
 import data
@@ -29,8 +31,8 @@ class Setting:
     """One run's data, model and evaluation. Token ids are relabelled by a permutation of this run, so that
     text or tables which a candidate brings along mean nothing here."""
 
-    def __init__(self, job: Job, result: Result, cancelled: Callable[[], bool]) -> None:
-        self.result, self.cancelled = result, cancelled
+    def __init__(self, job: Job, result: Result, cancelled: Callable[[], bool], ranks: Ranks | None = None) -> None:
+        self.result, self.cancelled, self.ranks = result, cancelled, ranks or Ranks()
         self.started = time.monotonic()
         self.config, self.limits = ModelConfig(**job.model), Limits(**job.limits)
         shards = data.load(Path(job.corpus), Path(job.cache), {*job.train_shards, *job.final_shards})
@@ -40,6 +42,14 @@ class Setting:
         self.tokens = data.joined([shards[n] for n in job.train_shards], labels)
         self.val = {n: data.relabel(shards[n], labels) for n in job.final_shards}
         self.model = GPT(self.config)
+        self.device, self.numbers = torch.device("cpu"), "fp32"
+
+    def loss(self, window: data.Tokens) -> Tensor:
+        """Mean cross-entropy of windows, (rows, length + 1)."""
+        ids = torch.from_numpy(window.astype(np.int64)).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.numbers == "bf16"):
+            found: Tensor = self.model(ids[:, :-1], ids[:, 1:])
+        return found
 
     def evaluate(self, tokens: np.ndarray) -> float:
         """The model's mean cross-entropy over consecutive, non-overlapping sequences; a tail shorter than one is left.
@@ -49,34 +59,47 @@ class Setting:
         count = (len(tokens) - 1) // length
         if count < 1:
             raise ValueError(f"a validation shard needs more than {length} tokens, has {len(tokens)}")
-        ids = torch.from_numpy(tokens[: count * length + 1].astype(np.int64))
-        inputs, targets = ids[:-1].view(count, length), ids[1:].view(count, length)
-        total = 0.0
-        with torch.no_grad():
-            for i in range(0, count, EVAL_SEQUENCES):
-                if self.cancelled():
-                    raise RunFailed("cancelled", "the run was cancelled in its evaluation")
-                part = inputs[i : i + EVAL_SEQUENCES], targets[i : i + EVAL_SEQUENCES]
-                total += self.model(*part).item() * len(part[0])
+        windows = np.lib.stride_tricks.sliding_window_view(tokens[: count * length + 1], length + 1)[::length]
+        total = self.ranks.sum(self.ranks.together(partial(self._evaluate_share, windows)))
         if not math.isfinite(total):
             raise RunFailed("nonfinite_loss", f"the validation loss was {total / count} at step {self.result.steps}")
         return total / count
+
+    def _evaluate_share(self, windows: data.Tokens) -> float:
+        """Sum of losses over this rank's sequences."""
+        total = 0.0
+        with torch.no_grad():
+            for i in range(self.ranks.rank * EVAL_SEQUENCES, len(windows), self.ranks.size * EVAL_SEQUENCES):
+                if self.cancelled():
+                    raise RunFailed("cancelled", "the run was cancelled in its evaluation")
+                part = windows[i : i + EVAL_SEQUENCES]
+                total += self.loss(part).item() * len(part)
+        return total
 
 
 class Training(Setting):
     """The steps track: the loop is ours, the update rule the candidate's."""
 
-    def __init__(self, job: StepsJob, result: Result, cancelled: Callable[[], bool]) -> None:
-        super().__init__(job, result, cancelled)
-        self.job = job
+    def __init__(
+        self, job: StepsJob, result: Result, cancelled: Callable[[], bool], ranks: Ranks | None = None
+    ) -> None:
+        super().__init__(job, result, cancelled, ranks)
+        self.job, self.numbers = job, job.numbers
+        self.rows = self.ranks.mine(job.batch_size)
+        self.own = self.ranks.mine(job.shards)
         self.batches = data.Batches(self.tokens, job.batch_size, np.random.default_rng(job.stream_seed("batches")))
         self.model.initialize(torch.Generator().manual_seed(job.stream_seed("init")))
-        self.flat = Flat(self.model)
+        self.flat = Flat(self.model, job.shards)
 
     def train(self, process: Process, progress: Callable[[], None]) -> Tensor:
         """Train with the candidate's rule; return the flat parameters to evaluate. Raises `RunFailed`."""
-        seed = self.job.stream_seed("rule")
-        rule = IsolatedRule(process, self.flat, self.job.source, self.job.horizon, seed, self.limits)
+        job = self.job
+        seeds = [job.stream_seed("rule" if i == 0 else f"rule/{i}") for i in range(job.shards)]
+        about = (job.source, job.horizon, seeds, self.limits, self.own, job.exchange)
+        rule = self.ranks.together(lambda: IsolatedRule(process, self.flat, *about))
+        self.ranks.share_(self.flat.parts(self.flat.params))
+        # a rule says whether it has a readout when it has seen its own shards: what one rank waits for, all must do
+        rule.has_readout = bool(self.ranks.sum(rule.has_readout) == self.ranks.size)
         try:
             return self.train_with(rule, progress)
         finally:
@@ -89,23 +112,35 @@ class Training(Setting):
         points, told = set(job.points), time.monotonic()
         began = time.monotonic()
         for step in range(job.steps):
-            self._check(step)
-            loss, seconds = self.forward_backward()
+            loss, seconds = self.ranks.together(partial(self._forward_backward, step))
+            loss = self.ranks.sum(loss) / self.ranks.size
             if not math.isfinite(loss):
                 raise RunFailed("nonfinite_loss", f"the training loss was {loss} at step {step}")
             result.train_losses.append(loss)
-            rule.step(step, seconds)
+            self.ranks.mean_(self.flat.gradients)
+            self.ranks.together(partial(rule.step, step, seconds))
+            self.ranks.share_(self.flat.parts(self.flat.params))
             result.steps = step + 1
             result.tokens = result.steps * job.batch_size * self.config.seq_len
             result.flops = result.tokens * flops_per_token(self.config)
             if result.steps in points and result.steps < job.steps:
                 # readout is asked for at the same steps in runs and reruns: nothing tells them apart
-                self._evaluate_point(rule.readout())
+                self._evaluate_point(self._readout(rule))
             if time.monotonic() - told > PROGRESS_EVERY_S:
                 told = time.monotonic()
                 progress()
         result.train_seconds = time.monotonic() - began
-        return rule.readout().clone()
+        return self._readout(rule).clone()
+
+    def _readout(self, rule: Rule) -> Tensor:
+        found = self.ranks.together(rule.readout)
+        if rule.has_readout:
+            self.ranks.share_(self.flat.parts(found))
+        return found
+
+    def _forward_backward(self, step: int) -> tuple[float, float]:
+        self._check(step)
+        return self.forward_backward()
 
     def _check(self, step: int) -> None:
         if self.cancelled():
@@ -117,14 +152,20 @@ class Training(Setting):
             )
 
     def forward_backward(self) -> tuple[float, float]:
-        """(loss, CPU seconds of this thread); the gradients are left in `flat.gradients`."""
-        window = torch.from_numpy(self.batches.take(self.job.batch_size, self.config.seq_len).astype(np.int64))
-        inputs, targets = window[:, :-1], window[:, 1:]
+        """(loss, CPU seconds of this thread) of this rank's rows; the gradients are left in `flat.gradients`."""
+        # all ranks take the whole batch: so they agree on its rows, whatever their number
+        window = self.batches.take(self.job.batch_size, self.config.seq_len)[self.rows.start : self.rows.stop]
         began = time.thread_time()
         self.flat.gradients.zero_()
-        loss = self.model(inputs, targets)
-        loss.backward()
-        return loss.item(), time.thread_time() - began
+        total, most = 0.0, self.job.micro_batch or len(window)
+        for i in range(0, len(window), most):
+            part = window[i : i + most]
+            loss = self.loss(part)
+            if len(part) < len(window):
+                loss = loss * (len(part) / len(window))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total, time.thread_time() - began
 
     def _evaluate_point(self, flat_params: Tensor) -> None:
         shard = self.val[self.job.final_shards[0]]

@@ -67,4 +67,4 @@ def mfu(result: RunResult) -> float | None:
     if profile is None or not result.flops or not result.train_seconds:
         return None
     peak = profile.peak_flops[result.hardware.get("numbers", "fp32")]
-    return result.flops / (result.train_seconds * peak * result.hardware.get("devices", 1))
+    return float(result.flops / (result.train_seconds * peak * result.hardware.get("devices", 1)))

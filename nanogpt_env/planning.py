@@ -238,7 +238,7 @@ def _batch(family: Family, tokens: float) -> int:
     """Rows, a power of two, at least 8."""
     good, run = family.batch
     rows = good * math.sqrt(tokens / run) / family.seq_len
-    return max(8, 2 ** round(math.log2(max(rows, 1.0))))
+    return max(8, 1 << round(math.log2(max(rows, 1.0))))
 
 
 def _memory(model: Model, rows: int, most: float) -> tuple[int, float]:

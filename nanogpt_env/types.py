@@ -91,6 +91,15 @@ class StepsJob(Job):
     horizon: int
     points: tuple[int, ...] = ()
     point_tokens: int = 4096
+    ranks: int = 1
+    """trainers that share the run, a device each"""
+    shards: int = 1
+    """sets of parameters, each of which a rule updates without sight of the others"""
+    micro_batch: int = 0
+    """rows at a time and rank; 0: all"""
+    numbers: Literal["fp32", "bf16"] = "fp32"
+    exchange: str = ""
+    """device where the rule has its own copy of parameters and gradients; none: it works on the shared memory"""
 
 
 class AuditRules(Record):

@@ -15,7 +15,7 @@ from typing import Any
 from nanogpt_env.backends.trainers import CLOSE_TIMEOUT_S, ForkServer, Trainer, launch
 from nanogpt_env.content import content_root
 from nanogpt_env.errors import BackendError
-from nanogpt_env.types import Job, Progress, RunResult
+from nanogpt_env.types import Job, Progress, RunResult, StepsJob
 
 SANDBOXES = ("auto", "docker", "bubblewrap", "landlock", "plain")
 STDERR_LINES = 30
@@ -131,7 +131,8 @@ class LocalBackend:
         with self._lock:
             if self._closed:
                 raise BackendError("the backend is closed")
-            run = LocalRun(self._forked(job.track) or self._launched(job.track), job)
+            alone = not isinstance(job, StepsJob) or job.ranks == 1
+            run = LocalRun((alone and self._forked(job.track)) or self._launched(job.track), job)
             self._runs = [*(r for r in self._runs if not r.done()), run]
             return run
 
