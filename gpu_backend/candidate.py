@@ -71,7 +71,7 @@ class Candidate:
         full = {
             **message,
             "shared_bytes": len(self.memory),
-            "memory_bytes": self.limits.memory_bytes,
+            "memory_bytes": self.process.address_space(self.limits.memory_bytes),
             "threads": self.process.thread_limit(),
         }
         body, control = json.dumps(full).encode(), self.process.control

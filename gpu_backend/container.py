@@ -61,6 +61,11 @@ class Contained(Process):
     container: Any
     pidfd: int
     folder: tempfile.TemporaryDirectory[str]
+    has_gpus: bool
+
+    def address_space(self, memory_bytes: int) -> int:
+        # CUDA reserves far more addresses than a machine has memory; the container's limit counts what is used
+        return 0 if self.has_gpus else memory_bytes
 
     def limit(self, memory_bytes: int) -> None:
         total = memory_bytes + LIBRARY_BYTES
@@ -114,7 +119,7 @@ def unavailable() -> str:
     return ""
 
 
-def launch(hidden: list[Path], log_fd: int, host: str, note: str) -> Contained:
+def launch(hidden: list[Path], log_fd: int, host: str, note: str, gpus: tuple[str, ...] = ()) -> Contained:
     """Raises `SandboxError`."""
     client = _connect()
     image = _image(client)
@@ -124,7 +129,8 @@ def launch(hidden: list[Path], log_fd: int, host: str, note: str) -> Contained:
     try:
         with _listen(Path(folder.name)) as listener:
             command = ["filter", host, f"{_LINE}/trainer"]
-            container = client.containers.run(image.id, **settings(image, hidden, folder.name, command))
+            container = client.containers.create(image.id, **settings(image, hidden, folder.name, command, gpus))
+            container.start()  # apart: one that does not start is to be removed, too
             pid, pidfd = _process(container)
             control = _accept(listener, container, pid)
         _tell(control, log_fd, image)
@@ -137,7 +143,7 @@ def launch(hidden: list[Path], log_fd: int, host: str, note: str) -> Contained:
         raise
     version = client.version()["Version"]
     info = SandboxInfo("docker", f"{version}, image {image.labels[VARIANT_LABEL]} {image.id}", True, note)
-    return Contained(info, pid, control, container, pidfd, folder)
+    return Contained(info, pid, control, container, pidfd, folder, bool(gpus))
 
 
 def settings(

@@ -109,12 +109,12 @@ def die_with_parent() -> None:
 
 def _limit(memory_bytes: int, threads: int) -> None:
     """Cap address space (over what torch has mapped already), file sizes, open files, core dumps; and threads in a
-    user namespace of our own (0: not). The kernel does not count root's threads."""
+    user namespace of our own. 0: not. The kernel does not count root's threads."""
     if threads:
         resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
     with open("/proc/self/statm") if sys.platform.startswith("linux") else open("/dev/null") as statm:
         mapped = int((statm.read().split() or ["0"])[0]) * mmap.PAGESIZE
-    if mapped:
+    if mapped and memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20,) * 2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))

@@ -56,6 +56,10 @@ class Process:
             self.group = cgroups.create(memory_bytes + cgroups.LIBRARY_BYTES, MAX_THREADS)
             self.group.add(self.pid)
 
+    def address_space(self, memory_bytes: int) -> int:
+        """For RLIMIT_AS, beyond what is mapped when the job is taken; 0: none."""
+        return memory_bytes
+
     def thread_limit(self) -> int:
         """For RLIMIT_NPROC, which counts all of a user's threads in its user namespace; 0: none."""
         return MAX_THREADS

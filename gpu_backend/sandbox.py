@@ -60,11 +60,23 @@ def best() -> str:
     return next(name for name, kind in KINDS.items() if not kind.unavailable())
 
 
-def launch(choice: str, hidden: list[Path], log_fd: int, host: str = "rule_host.py", note: str = "") -> Process:
-    """Start a host script. `hidden`: folders that no candidate may see; `log_fd` takes its output.
+def launch(
+    choice: str,
+    hidden: list[Path],
+    log_fd: int,
+    host: str = "rule_host.py",
+    note: str = "",
+    gpus: tuple[str, ...] = (),
+) -> Process:
+    """Start a host script. `hidden`: folders that no candidate may see; `log_fd` takes its output; `gpus` it has to
+    itself.
 
     Raises `SandboxError` when `choice` does not work here.
     """
     if choice not in CHOICES:
         raise SandboxError(f"unknown sandbox {choice!r}; choose one of {', '.join(CHOICES)}")
+    if gpus:
+        if choice not in ("auto", "docker"):
+            raise SandboxError(f"GPUs are given to candidates in containers only, not in {choice}")
+        return container.launch(hidden, log_fd, host, note, gpus)
     return KINDS[best() if choice == "auto" else choice].launch(hidden, log_fd, host, note)

@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 CONTENT = HERE.parent  # envs/, records and corpora lie here: no candidate may see it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What every run needs. The shards in `final_shards` are evaluated at the end."""
 
@@ -48,6 +48,9 @@ class Job:
     train_shards: list[str]
     final_shards: list[str]
     cores: list[int]
+    gpus: int = 0
+    gpu_ids: list[str] = field(default_factory=list)
+    """that the candidate has to itself"""
 
     def __post_init__(self) -> None:
         if not self.final_shards:
@@ -59,7 +62,7 @@ class Job:
         return int.from_bytes(digest[:8], "big") >> 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepsJob(Job):
     """An update rule to train with. At the steps in `points` and at the end, `point_tokens` tokens of the first
     shard in `final_shards` are evaluated as well."""
@@ -91,7 +94,7 @@ class StepsJob(Job):
             raise ValueError(f"steps must be at least 1 and at most the horizon, got {self.steps} of {self.horizon}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WallclockJob(Job):
     """Training code to run, on at most `tokens` training tokens, `max_batch_tokens` at a time. `model_rule` 'free':
     sources have a `model.py` as well, whose answers are audited (`audit`: an `AuditRules`)."""
@@ -190,7 +193,7 @@ def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Lau
     from checkpoint import CheckpointError
 
     started = time.monotonic()
-    result = Result(sandbox=asdict(process.info), versions=_versions(), hardware=_hardware())
+    result = Result(sandbox=asdict(process.info), versions=_versions(), hardware=_hardware(job))
 
     def evaluator(log_fd: int) -> Process:
         started = cancel.now(launch(log_fd, "eval_host.py"))
@@ -221,7 +224,7 @@ def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Lau
     result.log = log.text() + result.log
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     result.trainer_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    result.device_seconds = time.monotonic() - started
+    result.device_seconds = (time.monotonic() - started) * max(1, len(job.gpu_ids))
     return result
 
 
@@ -270,7 +273,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _hardware() -> dict[str, Any]:
+def _hardware(job: Job) -> dict[str, Any]:
     import torch
 
     try:
@@ -279,7 +282,8 @@ def _hardware() -> dict[str, Any]:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"cpu": name, "cores": os.cpu_count(), "simd": capability, "threads": 1}
+    found = {"cpu": name, "cores": os.cpu_count(), "simd": capability, "threads": 1}
+    return found | ({"devices": job.ranks, "numbers": job.numbers} if isinstance(job, StepsJob) else {})
 
 
 def preload() -> None:
@@ -342,6 +346,7 @@ def main() -> int:
     parser.add_argument("--track", default="steps", choices=list(TRACKS))
     parser.add_argument("--hide", action="append", default=[], help="folder no candidate may see")
     parser.add_argument("--note", default="", help="for the results, about the sandbox")
+    parser.add_argument("--gpu", action="append", default=[], help="device that the candidate gets")
     parser.add_argument("--rank", type=int, default=0, help="of a run that several trainers share")
     parser.add_argument("--store", default="", help="file by which they find each other")
     args = parser.parse_args()
@@ -349,7 +354,7 @@ def main() -> int:
     hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
 
     def launch(log_fd: int, host: str) -> Process:
-        return sandbox.launch(args.sandbox, hidden, log_fd, host, args.note)
+        return sandbox.launch(args.sandbox, hidden, log_fd, host, args.note, tuple(args.gpu))
 
     return serve(TRACKS[args.track], launch, sys.argv[1:], args.rank, args.store)
 

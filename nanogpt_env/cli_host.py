@@ -20,6 +20,7 @@ from nanogpt_env.backends.local import LocalBackend, sandbox_report
 from nanogpt_env.cli_options import JsonOption, SandboxOption
 from nanogpt_env.display import console, print_json, say
 from nanogpt_env.errors import BackendError
+from nanogpt_env.gpus import usable_gpus
 from nanogpt_env.slots import Slots
 from nanogpt_env.testing import Conformance, check_backend
 from nanogpt_env.tiers import tier_folders
@@ -47,6 +48,7 @@ def doctor(
         "cache": str(content.cache_dir()),
         "state": str(content.state_dir()),
         "sandboxes": sandbox_report(),
+        "gpus": usable_gpus(),
         "slots": Slots("doctor").status(),
         "tiers": list(tier_folders()),
     }
@@ -86,6 +88,7 @@ def _print_host(found: dict[str, Any], checked: dict[str, Conformance]) -> None:
     for key in ("python", "nanogpt_env", "torch", "cores", "cache", "state"):
         table.add_row(key, str(found[key] or "missing"))
     table.add_row("tiers", ", ".join(found["tiers"]))
+    table.add_row("GPUs", "\n".join(found["gpus"]) or "none")
     table.add_row("slots", "\n".join(map(_slot, found["slots"])) or "all cores free")
     sandboxes = found["sandboxes"]
     warm, groups = sandboxes["warm_starts"], sandboxes["cgroups"]

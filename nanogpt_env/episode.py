@@ -116,13 +116,14 @@ class Episode:
         program = normal_form(sources)
         if len(self.active) >= self.tier.table.verification.slots:
             raise ActionError(f"all {self.tier.table.verification.slots} slot(s) are in use; poll or cancel a run")
-        seconds = min(self.tier.table.limits.deadline_s, self.budget.left("device_seconds"))
+        devices = max(1, self.tier.table.gpus)
+        seconds = min(self.tier.table.limits.deadline_s, self.budget.left("device_seconds") / devices)
         if seconds < MIN_RUN_SECONDS:
             raise BudgetError("device_seconds: spent; you can still submit")
         seed = self._next_seed(program, plan) if seed is None else seed
         job = self.tier.job(sources, plan, f"agent/{seed}", (self.tier.table.data.public,))
         job = job.model_copy(update={"limits": job.limits.model_copy(update={"deadline_s": seconds})})
-        amounts = {"device_seconds": seconds, **self.tier.most(plan), "runs": 1.0}
+        amounts = {"device_seconds": seconds * devices, **self.tier.most(plan), "runs": 1.0}
         reservation = self.budget.reserve(amounts)
         handle = f"run-{len(self.runs) + 1}"
         try:

@@ -64,7 +64,7 @@ def mfu(result: RunResult) -> float | None:
     """Model FLOPs utilisation: the model's FLOPs over what its devices could have done while it trained. None where the
     FLOPs (free models) or the peak are not known."""
     profile = of_run(result.hardware)
-    if profile is None or not result.flops or not result.train_seconds:
+    peak = profile.peak_flops.get(result.hardware.get("numbers", "fp32")) if profile else None
+    if not (peak and result.flops and result.train_seconds):
         return None
-    peak = profile.peak_flops[result.hardware.get("numbers", "fp32")]
     return float(result.flops / (result.train_seconds * peak * result.hardware.get("devices", 1)))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_env.errors import TierError
-from nanogpt_env.hardware import Hardware
+from nanogpt_env.hardware import CPU, Hardware
 from nanogpt_env.tables import Model, StepsTable
 from nanogpt_env.tiers import find_tier, load_tier
 from nanogpt_env.tracks import StepsTier, WallclockTier, flops_per_token, matmul_weights
@@ -28,13 +28,15 @@ E, A, A_EXPONENT, B_EXPONENT = 1.69, 406.4, 0.34, 0.28
 WORST_LOSS = 7.0
 """predicted, nats: no plan for what learns so little"""
 TEMPLATE = "micro-steps"
-MFU = {"cpu": 0.35}
+MFU = {CPU: 0.35}
 """share of a device's peak that training reaches; of a GPU `GPU_MFU`, an estimate"""
 GPU_MFU = 0.40
 MEMORY_SHARE = 0.7
 RUNS = 60
 """runs of the start record that an episode's budget pays for"""
 FEWEST_STEPS = 100
+SHARDS = 8
+"""of parameters on GPU tiers: as many devices may share a run"""
 ROOM = 1.5
 """longest horizon over the start record's"""
 
@@ -274,7 +276,7 @@ def write_tier(plan: Plan, folder: Path) -> StepsTier:
 
 
 def _env_toml(plan: Plan, name: str, template: StepsTable) -> str:
-    family, seconds = plan.family, plan.seconds
+    family, seconds, on_cpu = plan.family, plan.seconds, plan.hardware.name == CPU
     train, public, hidden = family.shards
     count = math.ceil(ROOM * plan.tokens / family.shard_tokens)
     shards = [train.format(n=n) for n in range(1, count + 1)] if "{" in train else train
@@ -287,6 +289,7 @@ def _env_toml(plan: Plan, name: str, template: StepsTable) -> str:
             "max_horizon": math.ceil(ROOM * plan.steps),
             "points": list(template.training.points),
             "point_tokens": template.training.point_tokens,
+            **({} if on_cpu else {"numbers": "bf16", "shards": SHARDS, "micro_batch": plan.micro_batch}),
         },
         "limits": template.limits.model_dump()
         | {"deadline_s": math.ceil(4 * ROOM * seconds + 60), "memory_mib": 1024 + _mib(plan.model)},
@@ -304,6 +307,8 @@ def _env_toml(plan: Plan, name: str, template: StepsTable) -> str:
     summary = f"{matmul_weights(plan.model) / 1e6:.3g} M weights, {plan.flops:.1e} FLOPs a start run on {family.corpus}"
     lines = ["# Planned for a FLOP budget, not yet calibrated. docs/tiers.md explains every field.",
              f'name = "{name}"', f'summary = "{summary}"', 'track = "steps"']  # fmt: skip
+    if not on_cpu:
+        lines.append(f"gpus = {plan.devices}")
     for title, fields in tables.items():
         lines += ["", f"[{title}]", *(f"{key} = {_toml(value)}" for key, value in fields.items())]
     return "\n".join(lines) + "\n"

@@ -59,6 +59,17 @@ class StepsTraining(Training):
     points: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
     """where a run is evaluated on `point_tokens` tokens before its end, as shares of its horizon"""
     point_tokens: Count
+    numbers: Literal["fp32", "bf16"] = "fp32"
+    """of the forward pass; the rule sees float32"""
+    shards: Count = 1
+    """sets of parameters that are updated without sight of each other, so that as many devices may share a run"""
+    micro_batch: Annotated[int, Field(ge=0)] = 0
+    """rows at a time on a device; 0: all"""
+
+    def changes(self) -> dict[str, Any]:
+        """What differs from the defaults of how a batch is computed: losses do too, if only in the last digits."""
+        given = {"numbers": self.numbers, "shards": self.shards, "micro_batch": self.micro_batch}
+        return {name: value for name, value in given.items() if value != type(self).model_fields[name].default}
 
 
 class WallclockTraining(Training):
@@ -140,6 +151,8 @@ class TierTable(Record):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     summary: str
     track: Track
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """that each run has to itself"""
     model: Model
     data: Data
     training: Training

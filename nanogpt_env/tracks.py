@@ -177,6 +177,7 @@ class Tier(BaseModel, abc.ABC):
             "limits": self.limits(),
             "train_shards": self.table.data.train_shards,
             "final_shards": shards,
+            "gpus": self.table.gpus,
         }
 
     def trained(self) -> str:
@@ -275,6 +276,7 @@ class StepsTier(Tier):
             horizon=plan.horizon,
             points=tuple(sorted({max(1, round(p * plan.horizon)) for p in training.points})),
             point_tokens=training.point_tokens,
+            **training.changes(),
         )
 
     def limits(self) -> Limits:
@@ -286,6 +288,7 @@ class StepsTier(Tier):
     def _trained(self) -> dict[str, Any]:
         return {
             "batch_size": self.table.training.batch_size,
+            **self.table.training.changes(),
             "records": {r.name: [r.horizon, r.sources[self.files[0]]] for r in self.records.values()},
         }
 

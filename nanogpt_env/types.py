@@ -68,6 +68,10 @@ class Job(Record):
     limits: Limits
     train_shards: tuple[str, ...]
     final_shards: tuple[str, ...]
+    gpus: int = 0
+    """whole GPUs that the run has to itself"""
+    gpu_ids: tuple[str, ...] = ()
+    """which, once they are reserved"""
     cores: tuple[int, ...] = ()
     """the cores that training code may use; none: all. An update rule's time is counted on all of them"""
 

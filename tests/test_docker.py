@@ -10,7 +10,7 @@ from pathlib import Path
 
 import docker
 import pytest
-from rules import SGD, train
+from rules import SGD, rule_job, train
 
 from nanogpt_env import Speedrun, Submit, WriteFile
 from nanogpt_env.backends.local import LocalBackend
@@ -70,6 +70,21 @@ def test_a_nano_verification(docker_engine, tmp_path):
         assert info["verdict"]["trusted"]
     finally:
         env.close()
+
+
+def test_gpus_that_the_engine_cannot_give_are_refused(boxed, tier, client):
+    job = rule_job(tier, SGD, 2).model_copy(update={"gpus": 1, "gpu_ids": ("0",)})
+    with pytest.raises(BackendError, match=r"no container could be started: .*gpu"):
+        boxed.start(job).result(120)
+    assert client.containers.list(all=True) == []
+
+
+def test_two_ranks_are_two_containers_and_one_result(boxed, tier):
+    job = rule_job(tier, SGD, 4).model_copy(update={"shards": 2})
+    alone = boxed.start(job).result(120)
+    both = boxed.start(job.model_copy(update={"ranks": 2})).result(120)
+    assert both.completed, both.detail
+    assert both.train_losses == pytest.approx(alone.train_losses, abs=1e-5)
 
 
 def test_auto_takes_it_where_there_is_an_image(docker_engine):

@@ -61,6 +61,7 @@ def test_a_planned_folder_loads_and_says_what_it_was_planned_for(flops, hardware
     assert t.budget.flops == pytest.approx(planning.RUNS * plan.flops)
     assert plan.memory_bytes < hardware.memory_bytes
     assert plan.flops == pytest.approx(flops, rel=0.02)
+    assert (t.training.numbers, t.training.shards) == (("fp32", 1) if hardware is CPU else ("bf16", 8))
     assert tier.job({"optimizer.py": ""}, tier.plan(10, 10), "1", (t.data.hidden,)).train_shards
     with pytest.raises(TierError, match="not empty"):
         planning.write_tier(plan, tmp_path / "mine")
@@ -118,6 +119,7 @@ def test_mfu():
     gpu = {"gpu": "NVIDIA H100 80GB HBM3", "numbers": "bf16", "devices": 8}
     assert mfu(run_of(989.4e12 * 8, 2.0, **gpu)) == pytest.approx(0.5)
     assert mfu(run_of(0, 1.0, cpu="AMD EPYC")) is None
+    assert mfu(run_of(1e9, 1.0, cpu="AMD EPYC", numbers="bf16")) is None  # no peak is known
     assert of_run({"gpu": "Some other device"}) is None
     assert mfu(run_of(1e12, 1.0, gpu="Some other device")) is None
 

@@ -150,7 +150,7 @@ def test_missing_task(folder):
 @pytest.mark.parametrize(
     ("key", "line", "field"),
     [
-        ("batch_size", "batch_size = 8\nmicro_batch = 4", "training.micro_batch"),
+        ("batch_size", "batch_size = 8\nmacro_batch = 4", "training.macro_batch"),
         ("batch_size", "", "training.batch_size"),
         ("batch_size", 'batch_size = "many"', "training.batch_size"),
         ("batch_size", "batch_size = 0", "training.batch_size"),

@@ -131,8 +131,9 @@ class LocalBackend:
         with self._lock:
             if self._closed:
                 raise BackendError("the backend is closed")
-            alone = not isinstance(job, StepsJob) or job.ranks == 1
-            run = LocalRun((alone and self._forked(job.track)) or self._launched(job.track), job)
+            cold = job.gpu_ids or (isinstance(job, StepsJob) and job.ranks > 1)
+            forked = None if cold else self._forked(job.track)
+            run = LocalRun(forked or self._launched(job.track, job.gpu_ids), job)
             self._runs = [*(r for r in self._runs if not r.done()), run]
             return run
 
@@ -173,8 +174,9 @@ class LocalBackend:
                 self._server = ForkServer(self.hidden)
         return None
 
-    def _launched(self, track: str) -> Trainer:
-        return launch(track, self._settle(), self.hidden, f"cold start: {self.cold_because}")
+    def _launched(self, track: str, gpus: tuple[str, ...]) -> Trainer:
+        why = self.cold_because or "of several ranks, or on GPUs"
+        return launch(track, self._settle(), self.hidden, f"cold start: {why}", gpus)
 
     def close(self) -> None:
         with self._lock:

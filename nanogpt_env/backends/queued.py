@@ -1,4 +1,4 @@
-"""A backend whose runs wait for cores of this host, which all environments of a user share."""
+"""A backend whose runs wait for cores and GPUs of this host, which all environments of a user share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.backends.threaded import ThreadedRun
 from nanogpt_env.errors import BackendError
+from nanogpt_env.gpus import Gpus
 from nanogpt_env.slots import Slots
 from nanogpt_env.types import Job, RunResult
 
@@ -17,16 +18,23 @@ POLL_S = 0.2
 
 
 class QueuedRun(ThreadedRun):
-    """A run that starts once it has a core, and gives it back when it ends."""
+    """A run that starts once it has a core, and its GPUs, and gives them back when it ends."""
 
-    def __init__(self, start: Callable[[Job], RunHandle], job: Job, slots: Slots) -> None:
+    def __init__(self, start: Callable[[Job], RunHandle], job: Job, slots: Slots | None, gpus: Gpus) -> None:
+        """`slots`: None if the job has its cores."""
         super().__init__()
-        self._start, self._job, self._slots = start, job, slots
+        self._start, self._job, self._slots, self._gpus = start, job, slots, gpus
         self.begin()
 
     def _obtain(self) -> RunResult:
-        with self._slots.acquire(cancelled=self._cancelled.is_set) as slot:
-            job = self._job.model_copy(update={"cores": (slot.core,)})
+        cancelled = self._cancelled.is_set
+        with contextlib.ExitStack() as stack:
+            job = self._job
+            if self._slots:
+                core = stack.enter_context(self._slots.acquire(cancelled=cancelled)).core
+                job = job.model_copy(update={"cores": (core,)})
+            held = stack.enter_context(self._gpus.acquire(job.gpus, cancelled))
+            job = job.model_copy(update={"gpu_ids": held})
             return self._follow(lambda: self._start(job))
 
 
@@ -35,7 +43,7 @@ class Queued:
 
     def __init__(self, inner: Backend, owner: str) -> None:
         self.inner = inner
-        self.slots = Slots(owner)
+        self.slots, self.gpus = Slots(owner), Gpus(owner)
         self._runs: list[QueuedRun] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -45,11 +53,12 @@ class Queued:
     def start(self, job: Job, share: bool = False) -> RunHandle:
         if self._session and self._session[0] == threading.get_ident():
             # the last core: what the system itself does is mostly done on the first
-            return self.inner.start(job.model_copy(update={"cores": self._session[1][-1:]}))
+            job = job.model_copy(update={"cores": self._session[1][-1:]})
+            return QueuedRun(self.inner.start, job, None, self.gpus) if job.gpus else self.inner.start(job)
         with self._lock:
             if self._closed:
                 raise BackendError("the backend is closed")
-            run = QueuedRun(self.inner.start, job, self.slots)
+            run = QueuedRun(self.inner.start, job, self.slots, self.gpus)
             self._runs = [*(r for r in self._runs if not r.done()), run]
         return run
 

@@ -62,7 +62,7 @@ class SharedRun(ThreadedRun):
         with contextlib.suppress(OSError, ValueError):
             result = RunResult.model_validate_json(self._path.read_bytes())
             os.utime(self._path)  # in use: not the first to be thrown away
-            if result.device_seconds <= self._job.limits.deadline_s:
+            if result.device_seconds <= self._job.limits.deadline_s * max(1, self._job.gpus):
                 return result.model_copy(update={"shared": True})
         return None
 

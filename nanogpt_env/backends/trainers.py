@@ -33,9 +33,13 @@ class Trainer(Protocol):
     def kill(self) -> None: ...
 
 
-def launch(track: str, sandbox: str, hidden: Iterable[Path], note: str) -> subprocess.Popen[str]:
-    """A cold start. `note` is kept with the sandbox in the result. Raises `BackendError`."""
+def launch(
+    track: str, sandbox: str, hidden: Iterable[Path], note: str, gpus: Iterable[str] = ()
+) -> subprocess.Popen[str]:
+    """A cold start. `note` is kept with the sandbox in the result; `gpus` are given to the candidate. Raises
+    `BackendError`."""
     command = [_script("trainer.py"), "--track", track, "--sandbox", sandbox, "--note", note, *_hide(hidden)]
+    command += [word for gpu in gpus for word in ("--gpu", gpu)]
     pipe = subprocess.PIPE
     try:
         return subprocess.Popen(
