@@ -104,6 +104,34 @@ def _allow(rules: int, path: str, access: int) -> None:
         os.close(fd)
 
 
+def hide_unreadable() -> None:
+    """Make packages whose names alone can be seen fail to import as if they were not there: libraries that can do
+    without them, torch for one, are prepared for that and not for a refusal."""
+    found = set()
+    for folder in sys.path:
+        names: dict[str, bool] = {}
+        entries: list[str] = []
+        with contextlib.suppress(OSError):  # our own folder's names cannot be seen
+            entries = os.listdir(folder)
+        for entry in entries:
+            path = os.path.join(folder, entry)
+            init = os.path.join(path, "__init__.py")
+            name = entry.partition(".")[0]
+            names[name] = names.get(name, False) or _readable(init if os.path.exists(init) else path)
+        for name in set(names) - found:
+            if not names[name]:
+                sys.modules[name] = None  # type: ignore[assignment]  # as `import` documents it
+        found |= set(names)
+
+
+def _readable(path: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
+
+
 def _no_new_privileges() -> None:
     """Without it only root may take rights away from itself."""
     _checked(_libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
@@ -150,6 +178,7 @@ def main() -> None:
     if args.kind == "landlock":
         fd = int(args.line)
         allow_only(args.read, args.list)
+        hide_unreadable()
         drop_capabilities()
         host.die_with_parent()  # the filter refuses it later
         seccomp.install(seccomp.program(alone=os.getpid()))

@@ -153,6 +153,14 @@ def test_they_are_refused_under_landlock_too(under_landlock, tier):
     assert commands_refused(under_landlock, tier)
 
 
+def test_what_is_installed_and_not_shown_looks_as_if_it_were_not_installed(under_landlock, sealed, tier):
+    """Libraries that can do without it, as torch without tqdm, are prepared for that and not for a refusal."""
+    body = "try:\n    import pytest\nexcept ModuleNotFoundError as error:\n    print('as if not there:', error.name)\n"
+    for backend in (under_landlock, sealed):
+        result = train(backend, tier, body + SGD, steps=1)
+        assert result.completed and "as if not there: pytest" in result.log, result.log
+
+
 def test_of_the_hosts_network_nothing_is_to_be_seen_or_reached(under_landlock, tier):
     body = """
 import os, socket
