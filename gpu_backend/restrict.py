@@ -107,7 +107,7 @@ def _allow(rules: int, path: str, access: int) -> None:
 def hide_unreadable() -> None:
     """Make packages whose names alone can be seen fail to import as if they were not there: libraries that can do
     without them, torch for one, are prepared for that and not for a refusal."""
-    found = set()
+    found: set[str] = set()
     for folder in sys.path:
         names: dict[str, bool] = {}
         entries: list[str] = []
