@@ -15,9 +15,10 @@ from nanogpt_env.display import console, print_json, say
 
 records_app = typer.Typer(no_args_is_help=True, help="The public records of the NanoGPT speedrun.")
 
-TrackOption = Annotated[str, typer.Option(help=f"{', '.join(human.FILES)}: the public tracks 1, 2 and 3.")]
+TRACKS_HELP = f"{', '.join(human.FILES)}: the public tracks 1, 2 and 3, and a part of 1, timed again."
+TrackOption = Annotated[str, typer.Option(help=TRACKS_HELP)]
 HumanOption = Annotated[bool, typer.Option("--human-only", help="Without records that credit an AI system.")]
-UNITS = {"wallclock_minutes": "minutes", "steps": "steps"}
+UNITS = {"wallclock_minutes": "minutes", "wallclock_seconds": "seconds", "steps": "steps"}
 
 
 @records_app.command("list")

@@ -12,7 +12,7 @@ from nanogpt_env.errors import LedgerError
 from nanogpt_env.ledger import VERSION, read_ledger
 from nanogpt_env.stats import SequentialTest
 from nanogpt_env.timing import PairTest
-from nanogpt_env.trials import LossTrial, TimeTrial, Trial, Turn
+from nanogpt_env.trials import FixedTrial, LossTrial, TimeTrial, Trial, Turn
 
 TOLERANCE = 1e-9
 
@@ -85,6 +85,8 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
 
 
 def _trial(head: dict[str, Any], claim: int | None, start: float, best: float) -> Trial:
+    if "fixed" in head["tests"]:
+        return FixedTrial(**_whole(head["tests"]["fixed"], "runs"), start=start, best=best)
     loss_test = SequentialTest(**_whole(head["tests"]["loss"], "n_min", "n_max"))
     if head["track"] == "steps":
         return LossTrial(loss_test, float(claim or 0))

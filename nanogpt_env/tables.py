@@ -119,12 +119,24 @@ class Verification(Record):
     slots: Count = 1
     """runs at a time, the agent's and verification's each"""
 
+    def decisive(self) -> dict[str, Any]:
+        """What verdicts depend on."""
+        return self.model_dump(exclude={"slots"})
+
 
 class WallclockVerification(Verification):
+    protocol: Literal["pairs", "fixed"] = "pairs"
+    """'fixed': as NanoGPT-Bench does, `runs` of each program, a t test of the loss at `p`, the mean time as it is"""
+    runs: Annotated[int, Field(ge=2)] = 10
+    p: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
     pairs: Annotated[int, Field(ge=2)]
     """of the candidate's and the start record's runs in one session"""
     drift: Positive = 3.0
     """how far the start record's own times may move in a session, in units of the pair sd"""
+
+    def decisive(self) -> dict[str, Any]:
+        fixed = {"protocol", "runs", "p"}
+        return self.model_dump(exclude={"slots"} if self.protocol == "fixed" else {"slots", *fixed})
 
 
 class Reward(Record):

@@ -30,7 +30,7 @@ from nanogpt_env.tables import (
     WallclockTable,
 )
 from nanogpt_env.timing import PairTest
-from nanogpt_env.trials import LossTrial, TimeTrial, Trial
+from nanogpt_env.trials import FixedTrial, LossTrial, TimeTrial, Trial
 from nanogpt_env.types import Job, Limits, Plan, StepsJob, WallclockJob
 
 
@@ -201,7 +201,7 @@ class Tier(BaseModel, abc.ABC):
         content = {
             "trained": self.trained(),
             "target": t.training.target,
-            "verification": t.verification.model_dump(exclude={"slots"}),
+            "verification": t.verification.decisive(),
             "valued": list(t.valued),
         }
         return _digest(json.dumps(content, sort_keys=True))
@@ -320,6 +320,8 @@ class WallclockTier(Tier):
         exp(half width of the bound), since only what is shown is paid."""
         if record == self.table.reward.start:
             return 1.0
+        if self.table.verification.protocol == "fixed":
+            return self.start_value_of(record)
         return self.start_value_of(record) * math.exp(self.pair_test().half_width)
 
     def start_value_of(self, record: str) -> float:
@@ -345,9 +347,15 @@ class WallclockTier(Tier):
         return {"flops": float(tokens * self.flops_per_token()), "tokens": float(tokens)}
 
     def trial(self, plan: Plan | None, start: float, best: float) -> Trial:
+        v = self.table.verification
+        if v.protocol == "fixed":
+            return FixedTrial(v.runs, v.p, self.table.training.target, start, best)
         return TimeTrial(self.loss_test(), self.pair_test(), start, best)
 
     def trial_fields(self) -> dict[str, dict[str, float]]:
+        v = self.table.verification
+        if v.protocol == "fixed":
+            return {"fixed": {"runs": v.runs, "p": v.p, "target": self.table.training.target}}
         return {"loss": _fields(self.loss_test()), "pairs": _fields(self.pair_test())}
 
     def pair_test(self) -> PairTest:

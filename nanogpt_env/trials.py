@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from nanogpt_env.public_rules import t_test
 from nanogpt_env.stats import SequentialTest
 from nanogpt_env.timing import PairDecision, PairTest, order
 from nanogpt_env.types import Role, Timing
@@ -228,3 +229,76 @@ class TimeTrial:
     def value(self) -> float:
         assert self._time is not None
         return self.best * self._time.ratio
+
+
+@dataclass
+class FixedTrial:
+    """Wallclock track, as NanoGPT-Bench decides: a fixed number of runs of the candidate and of the start record, in
+    turn in one session; a one-sided t test of the candidate's mean loss; what counts is the ratio of mean times,
+    without a bound for its error. For comparison with published figures: `TimeTrial` is the one that luck does not
+    help. Stricter than there: a run that does not complete is a rejection, and equal losses are no test (p = 0 there).
+    """
+
+    runs: int
+    p: float
+    """level of the t test"""
+    target: float
+    """nats"""
+    start: float
+    best: float
+    losses: list[float] = field(default_factory=list)
+    _warm: bool = False
+    _candidate: list[float] = field(default_factory=list)
+    _start: list[float] = field(default_factory=list)
+    parallel = False
+    shown = "the runs' mean loss is below the target, and their mean time below that of the best so far"
+
+    @property
+    def not_shown(self) -> str:
+        if not self._good():
+            return "the runs do not show a mean loss below the target"
+        return "the runs' mean time is not below that of the best so far"
+
+    @property
+    def outcome(self) -> Outcome:
+        if not all(map(math.isfinite, self.losses)):
+            return "reject"
+        if len(self._candidate) < self.runs or len(self._start) < self.runs:
+            return "continue"
+        return "accept" if self._good() and self.value() < self.best else "reject"
+
+    @property
+    def reason(self) -> str:
+        return self.shown if self.outcome == "accept" else self.not_shown
+
+    @property
+    def timing(self) -> Timing | None:
+        if self.outcome == "continue" or len(self._candidate) < self.runs:
+            return None
+        ratio = self.value() / self.start
+        return Timing(ratio=ratio, bound=ratio, seconds=math.fsum(self._candidate) / self.runs)
+
+    def turn(self) -> Turn:
+        if not self._warm:
+            return Turn("warm-up", 1)
+        ours, theirs = len(self._candidate), len(self._start)
+        candidates_turn = order(self.runs)[min(ours, theirs)][int(ours != theirs)]
+        return Turn("candidate" if candidates_turn else "start", 1)
+
+    def add(self, turn: Turn, loss: float, seconds: float) -> None:
+        if turn.role == "warm-up":
+            self._warm = True
+        elif turn.role == "start":
+            self._start.append(seconds)
+        else:
+            self.losses.append(loss)
+            self._candidate.append(seconds)
+
+    def value(self) -> float:
+        return self.start * math.fsum(self._candidate) / math.fsum(self._start)
+
+    def _good(self) -> bool:
+        try:
+            return t_test(self.losses, self.target)[1] < self.p
+        except ValueError:  # too few, or all equal
+            return False

@@ -265,6 +265,47 @@ def test_an_episode_may_start_from_another_record(tmp_path, start):
     assert make(tmp_path, backend({}), start=start).episode.span.start_value == 1.0
 
 
+def fixed_tier(folder):
+    """tiny-wallclock by NanoGPT-Bench's protocol, four runs."""
+    shutil.copytree(TINY, folder)
+    edit(folder / "env.toml", "[verification]", '[verification]\nprotocol = "fixed"\nruns = 4\np = 0.05')
+    fingerprint = load_tier(folder, calibrated=False).fingerprint()
+    write_calibration(folder / "calibration.json", TIER.measured.model_copy(update={"fingerprint": fingerprint}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("seconds", "loss", "reason"),
+    [
+        (lambda n: 2.9 if n < 6 else 3.1, lambda n: GOOD + 0.01 * n, ""),
+        (lambda n: 4.1, lambda n: GOOD + 0.01 * n, "mean time is not below"),
+        (lambda n: 3.0, lambda n: GOOD, "do not show a mean loss below"),  # equal losses are no test
+        (lambda n: 3.0, lambda n: GOOD + 0.5 + 0.5 * (-1) ** n, "do not show a mean loss below"),
+        (lambda n: 3.0, lambda n: math.nan if n == 7 else GOOD + 0.01 * n, "did not complete"),
+    ],
+)
+def test_a_fixed_number_of_runs_as_nanogpt_bench_has_it(tmp_path, seconds, loss, reason):
+    def script(job, number):
+        faster = job.sources["train.py"] == FAST
+        if math.isnan(loss(number)):
+            return timed(job, 0.0, 1.0, exit_reason="candidate_error", val_losses={})
+        return timed(job, loss(number), seconds(number) if faster else 4.0)
+
+    env = Speedrun(fixed_tier(tmp_path / "fixed"), backend=FakeBackend(script), state_dir=tmp_path / "ledgers")
+    env.reset()
+    env.step(WriteFile(path="train.py", text=FAST))
+    *_, info = env.step(Submit())
+    verdict = info["verdict"]
+    env.close()
+    assert verdict["accepted"] == (not reason)
+    assert reason in verdict["reason"]
+    if not reason:
+        assert verdict["n"] == 4
+        assert verdict["time"]["ratio"] == verdict["time"]["bound"] == verdict["value"] == pytest.approx(3.0 / 4.0)
+    found = replay(Path(info["ledger"]))
+    assert found.differences == []
+
+
 def test_public_records_as_start_and_anchor_are_shares_of_the_start():
     human = Human(track="short", start="before 2025-09-04", anchor="2026-01-16")
     table = TIER.table.model_copy(update={"human": human})
