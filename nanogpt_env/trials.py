@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from nanogpt_env.public_rules import t_test
 from nanogpt_env.stats import SequentialTest
 from nanogpt_env.timing import PairDecision, PairTest, order
 from nanogpt_env.types import Role, Timing
@@ -298,6 +297,8 @@ class FixedTrial:
         return self.start * math.fsum(self._candidate) / math.fsum(self._start)
 
     def _good(self) -> bool:
+        from nanogpt_env.public_rules import t_test  # scipy takes long to load
+
         try:
             return t_test(self.losses, self.target)[1] < self.p
         except ValueError:  # too few, or all equal

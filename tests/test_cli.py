@@ -14,6 +14,7 @@ from helpers import copy_tier
 
 import nanogpt_env
 from nanogpt_env.cli import app
+from nanogpt_env.cli_data import data_app
 from nanogpt_env.cli_records import records_app
 from nanogpt_env.cli_tiers import tiers_app
 from nanogpt_env.slots import Slots
@@ -78,7 +79,7 @@ def candidate(tmp_path):
 
 def test_the_commands_are_those_tested():
     names = [c.name or c.callback.__name__ for c in app.registered_commands]
-    groups = {"tiers": tiers_app, "records": records_app}
+    groups = {"tiers": tiers_app, "records": records_app, "data": data_app}
     names += [f"{name} {c.name}" for name, group in groups.items() for c in group.registered_commands]
     assert sorted(names) == sorted(COMMANDS)
 
@@ -230,7 +231,8 @@ def test_a_cache_that_cannot_be_made_is_our_failure(candidate, tmp_path):
 def test_doctor():
     found = call_json("doctor")
     assert set(found) == {
-        "python", "nanogpt_env", "torch", "cores", "cache", "state", "sandboxes", "slots", "tiers", "checks", "advice",
+        "python", "nanogpt_env", "torch", "cores", "cache", "state", "sandboxes", "gpus", "slots", "tiers", "checks",
+        "advice",
     }  # fmt: skip
     assert found["cache"] == os.environ["NANOGPT_ENV_CACHE"]
     sandboxes = found["sandboxes"]["sandboxes"]
@@ -292,7 +294,7 @@ def test_new_makes_what_run_accepts(tmp_path):
     assert (folder / "optimizer.py").read_text() == TIER.records["slow"].sources["optimizer.py"]
     assert (folder / "task.md").read_text() == TIER.task
     found = call_json("run", folder, "--tier", TINY, "--horizon", 40, "--steps", 12, "--seed", 1)
-    assert set(found) == {"tier", "handle", "done", "horizon", "seed", *RunResult.model_fields}
+    assert set(found) == {"tier", "handle", "done", "horizon", "seed", "mfu", *RunResult.model_fields}
     assert (found["exit_reason"], found["steps"], found["seed"]) == ("completed", 12, 1)
     text = call("new", tmp_path / "other", "--tier", TINY).stdout
     assert f"nanogpt-env run {tmp_path / 'other'}" in text

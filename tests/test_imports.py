@@ -19,13 +19,13 @@ HEAVY = {"torch", "scipy", "docker", "openai", "anthropic", "rich", "typer", "ma
 # Each module imports from modules above it only. The package itself, which is imported by every one of
 # them first, re-exports what users need.
 LAYERS = [
-    "errors", "types", "human", "public_rules", "actions", "content", "slots", "stats", "timing", "trials",
-    "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "claims", "workspace", "judging",
-    "judging.static", "backends",
+    "errors", "types", "human", "public_rules", "actions", "content", "slots", "gpus", "hardware", "stats", "timing",
+    "trials", "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "planning", "datasets", "claims",
+    "workspace", "judging", "judging.static", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "episode", "resume", "report", "spaces", "env", "agents", "plots", "measure", "calibrate", "calibrate_wallclock",
     "trap", "testing", "attacks.cases", "attacks.naive", "attacks.suite", "attacks",
-    "display", "cli_options", "cli_host", "cli_records", "cli_tiers", "cli",
+    "display", "cli_options", "cli_data", "cli_host", "cli_records", "cli_tiers", "cli",
 ]  # fmt: skip
 
 
