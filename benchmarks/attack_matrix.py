@@ -27,13 +27,14 @@ from nanogpt_env.trap import Trap, validation_files
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "attacks.json", ROOT / "docs" / "attacks.md"
-ORDER = ("bubblewrap", "landlock", "docker")  # the naive scorer is asked with the first
+ORDER = ("bubblewrap", "landlock", "docker")
 COMMAND = "python benchmarks/attack_matrix.py"
 
 
-def run(sandbox: str, found: dict[str, Any], naive: bool) -> None:
+def run(sandbox: str, found: dict[str, Any], first: bool) -> None:
+    """`first`: with the naive scorer, and with whole submissions, whose verdict is no matter of the sandbox."""
     rows = found["outcomes"].setdefault(sandbox, {})
-    every = attacks.load_cases()
+    every = [case for case in attacks.load_cases() if first or case.track != "submissions"]
     digests = {case.name: _digest(case) for case in every}
     for name in [name for name, row in rows.items() if row["digest"] != digests.get(name)]:
         del rows[name]
@@ -45,7 +46,7 @@ def run(sandbox: str, found: dict[str, Any], naive: bool) -> None:
         contextlib.closing(LocalBackend(sandbox, warm=True)) as backend,
         display.steps(sandbox, len(cases)) as step,
     ):
-        suite = attacks.Suite(backend, trap, Path(folder), naive)
+        suite = attacks.Suite(backend, trap, Path(folder), first)
         for case in cases:
             step(case.name)
             rows[case.name] = suite.run(case).model_dump() | {"digest": digests[case.name]}
@@ -72,6 +73,7 @@ def page(found: dict[str, Any]) -> str:
         "writes it at first (`tests/attacks/naive`). Whether our static judge refuses the source plays no part.",
         "A case in `submissions` is a claim that is not deserved, verified three times; the naive scorer is then one",
         "of the protocols in use: ten runs of which those that failed are dropped, one run's loss, one pair's times.",
+        f"They were verified in {sandboxes[0]} only.",
         "",
         *(f"- {name}: " + ", ".join(f"{n} {verdict}" for verdict, n in c.items()) for name, c in counts.items()),
         "",
@@ -111,7 +113,7 @@ def main() -> int:
         found = json.loads(RESULTS.read_text())
     found |= {"command": COMMAND, "machine": f"{platform.system()} {platform.release()}", "torch": torch.__version__}
     for number, sandbox in enumerate(chosen):
-        run(sandbox, found, naive=number == 0)
+        run(sandbox, found, first=number == 0)
     PAGE.write_text(page(found))
     bad = [f"{s}: {n}" for s, rows in found["outcomes"].items() for n, o in rows.items() if o["verdict"] in attacks.BAD]
     print("\n".join(bad) or "none got through, no control was refused")
