@@ -73,7 +73,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if fault == "slow":
             self.wfile.write(sent[: 3 * len(sent) // 4])
             self.wfile.flush()
-            time.sleep(60)
+            time.sleep(600)
         self.wfile.write(sent)
 
     def _body(self):

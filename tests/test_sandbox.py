@@ -213,7 +213,7 @@ for folder, below, names in os.walk('/'):
     if found := [n for n in below + names if n.startswith(('val_hidden', 'val_public', 'nanogpt_env'))]:
         print('content', folder, found)
 """
-    result = train(sealed, tier, body + SGD, steps=1)
+    result = train(sealed, tier, body + SGD, steps=1, setup_s=60)  # it looks at every file there is
     (installed,) = [line for line in result.log.splitlines() if line.startswith("installed")]
     names = ast.literal_eval(installed.removeprefix("installed "))
     assert result.completed and {"torch", "numpy", "safetensors"} <= set(names), result.log
@@ -267,7 +267,7 @@ def test_a_process_name_of_odd_bytes_is_no_failure_of_ours(sealed, tier, name):
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_an_unexpected_trainer_fault_is_a_result_not_a_free_rerun(tier, warm, broken):
-    broken("training.py", "rule.step(step, seconds)", "raise ZeroDivisionError")
+    broken("training.py", "self.ranks.together(partial(rule.step, step, seconds))", "raise ZeroDivisionError")
     backend = LocalBackend("bubblewrap", warm)
     try:
         assert train(backend, tier, SGD).exit_reason == "trainer_error"

@@ -173,7 +173,7 @@ class NaiveScorer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            until = time.monotonic() + (WHOLE_TIMEOUT_S if case.record else NAIVE_TIMEOUT_S)
+            until = time.monotonic() + (WHOLE_TIMEOUT_S if case.record or steps > STEPS else NAIVE_TIMEOUT_S)
             while not (found := os.wait4(process.pid, os.WNOHANG))[0] and time.monotonic() < until:
                 time.sleep(0.02)
             ended = bool(found[0])
