@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -49,8 +50,14 @@ def run(sandbox: str, found: dict[str, Any], first: bool) -> None:
         suite = attacks.Suite(backend, trap, Path(folder), first)
         for case in cases:
             step(case.name)
-            rows[case.name] = suite.run(case).model_dump() | {"digest": digests[case.name]}
+            row = suite.run(case).model_dump()
+            rows[case.name] = row | {"naive": without_paths(row["naive"]), "digest": digests[case.name]}
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def without_paths(text: str) -> str:
+    """Where things lie on this host is nobody's business."""
+    return re.sub(r"(/[\w.-]+)+(/[\w.-]+)", r"...\2", text.partition(": in ")[0])
 
 
 def _digest(case: attacks.Case) -> str:
@@ -82,7 +89,7 @@ def page(found: dict[str, Any]) -> str:
     ]
     for name, outcome in first.items():
         cells = [_cell(found["outcomes"][s].get(name)) for s in sandboxes]
-        lines.append(f"| {name} | {', '.join(outcome['threats'])} | {' | '.join(cells)} | {_short(outcome['naive'])} |")
+        lines.append(f"| {name} | {', '.join(outcome['threats'])} | {' | '.join(cells)} | {outcome['naive']} |")
     lines += ["", "## Bounded", "", "Not stopped, but worth no more than this.", ""]
     lines += ["| what | threats | gain | measured by |", "| --- | --- | --- | --- |"]
     for each in attacks.load_bounded():
@@ -98,10 +105,6 @@ def _cell(outcome: dict[str, Any] | None) -> str:
     return f"caught: {reason}" if outcome["verdict"] == "caught" and " " not in reason else str(outcome["verdict"])
 
 
-def _short(text: str) -> str:
-    return text.split(": in ")[0].split(" reached ")[0] if "/" in text else text
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sandboxes", default="")
@@ -111,7 +114,8 @@ def main() -> int:
     found: dict[str, Any] = {"outcomes": {}}
     if RESULTS.exists():
         found = json.loads(RESULTS.read_text())
-    found |= {"command": COMMAND, "machine": f"{platform.system()} {platform.release()}", "torch": torch.__version__}
+    machine = f"{platform.system()} {platform.release().partition('-')[0]}"
+    found |= {"command": COMMAND, "machine": machine, "torch": torch.__version__}
     for number, sandbox in enumerate(chosen):
         run(sandbox, found, first=number == 0)
     PAGE.write_text(page(found))
