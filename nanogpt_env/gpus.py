@@ -6,16 +6,13 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from nanogpt_env.content import state_dir
 from nanogpt_env.errors import BackendError
+from nanogpt_env.locking import locked
 from nanogpt_env.slots import Slots
 
-POLL_S = 0.2
 QUERY_TIMEOUT_S = 20.0
 
 
@@ -70,25 +67,13 @@ class Gpus:
                 f"a run of this tier takes {count} GPU(s) and this host offers {len(self.gpus)}: `nanogpt-env doctor`"
             )
         slots = Slots(self.owner, range(len(self.gpus)), self._folder)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
-            with self._choosing(cancelled):  # one at a time, or two would wait for each other's halves
+            with locked(
+                self._folder / "choosing.lock", cancelled
+            ):  # one at a time, or two would wait for each other's halves
                 numbers = [held.enter_context(slots.acquire(cancelled=cancelled)).core for _ in range(count)]
             chosen = tuple(self.gpus[i] for i in numbers)
             if busy := others_processes(chosen):
                 raise BackendError(f"a GPU is in use by a process that is not ours: {'; '.join(busy)}")
             yield chosen
-
-    @contextlib.contextmanager
-    def _choosing(self, cancelled: Callable[[], bool]) -> Iterator[None]:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = FileLock(self._folder / "choosing.lock")
-        while True:
-            if cancelled():
-                raise CancelledError(f"{self.owner}: the wait for a GPU was cancelled")
-            with contextlib.suppress(Timeout):
-                lock.acquire(timeout=POLL_S)
-                break
-        try:
-            yield
-        finally:
-            lock.release()

@@ -19,8 +19,8 @@ HEAVY = {"torch", "scipy", "docker", "openai", "anthropic", "rich", "typer", "ma
 # Each module imports from modules above it only. The package itself, which is imported by every one of
 # them first, re-exports what users need.
 LAYERS = [
-    "errors", "types", "human", "public_rules", "actions", "content", "slots", "gpus", "hardware", "stats", "timing",
-    "trials", "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "planning", "datasets", "claims",
+    "errors", "types", "human", "public_rules", "actions", "content", "locking", "slots", "gpus", "hardware", "stats",
+    "timing", "trials", "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "planning", "datasets", "claims",
     "workspace", "judging", "judging.static", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "episode", "resume", "report", "spaces", "env", "agents", "plots", "measure", "calibrate", "calibrate_wallclock",

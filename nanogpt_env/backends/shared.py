@@ -13,19 +13,19 @@ import os
 import platform
 import secrets
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.backends.queued import POLL_S
 from nanogpt_env.backends.threaded import ThreadedRun
 from nanogpt_env.content import cache_dir, state_dir, trainer_code
 from nanogpt_env.errors import BackendError
+from nanogpt_env.locking import locked
 from nanogpt_env.types import Job, RunResult
 
 KEEP = 2000
@@ -41,22 +41,8 @@ class SharedRun(ThreadedRun):
         self.begin()
 
     def _obtain(self) -> RunResult:
-        with self._one_at_a_time():
+        with locked(self._path.with_suffix(".lock"), self._cancelled.is_set):
             return self._kept() or self._train()
-
-    @contextlib.contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        lock = FileLock(self._path.with_suffix(".lock"))
-        while True:
-            if self._cancelled.is_set():
-                raise CancelledError
-            with contextlib.suppress(Timeout):
-                lock.acquire(timeout=POLL_S)
-                break
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _kept(self) -> RunResult | None:
         with contextlib.suppress(OSError, ValueError):
