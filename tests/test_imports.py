@@ -20,8 +20,8 @@ HEAVY = {"torch", "scipy", "docker", "openai", "anthropic", "rich", "typer", "ma
 # them first, re-exports what users need.
 LAYERS = [
     "errors", "types", "human", "public_rules", "actions", "content", "locking", "slots", "gpus", "hardware", "stats",
-    "timing", "trials", "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "planning", "datasets", "claims",
-    "workspace", "judging", "judging.static", "backends",
+    "timing", "trials", "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "planning", "datasets",
+    "claims", "workspace", "judging", "judging.static", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "episode", "resume", "report", "spaces", "env", "agents", "plots", "measure", "calibrate", "calibrate_wallclock",
     "trap", "testing", "attacks.cases", "attacks.naive", "attacks.suite", "attacks",
