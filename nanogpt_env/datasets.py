@@ -223,7 +223,7 @@ class _Fetcher:
         """What the hub's library reports its progress to."""
         told, total = self.on_bytes, self._metadata[name].size or 0
 
-        class Bar(importlib.import_module("tqdm").tqdm):  # type: ignore[misc]
+        class Bar(importlib.import_module("tqdm").tqdm):  # type: ignore[misc]  # comes with the hub's library
             def __init__(self, *args: Any, **options: Any) -> None:
                 super().__init__(*args, **options | {"disable": True})
                 self.here = options.get("initial") or 0

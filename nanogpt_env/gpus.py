@@ -17,10 +17,12 @@ QUERY_TIMEOUT_S = 20.0
 
 
 def usable_gpus() -> list[str]:
-    """Identifiers of the GPUs that this process may use: CUDA_VISIBLE_DEVICES, else all that the driver lists."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
-    return _query("--query-gpu=uuid")
+    """Identifiers of the GPUs that this process may use: CUDA_VISIBLE_DEVICES, else all that the driver lists. Numbers
+    are translated, as the driver names processes by identifier."""
+    known = dict(line.split(", ", 1) for line in _query("--query-gpu=index,uuid") if ", " in line)
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return list(known.values())
+    return [known.get(name.strip(), name.strip()) for name in visible.split(",") if name.strip()]
 
 
 def others_processes(gpus: Sequence[str]) -> list[str]:
@@ -69,9 +71,8 @@ class Gpus:
         slots = Slots(self.owner, range(len(self.gpus)), self._folder)
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
-            with locked(
-                self._folder / "choosing.lock", cancelled
-            ):  # one at a time, or two would wait for each other's halves
+            # one chooses at a time, or two would wait for each other's halves
+            with locked(self._folder / "choosing.lock", cancelled):
                 numbers = [held.enter_context(slots.acquire(cancelled=cancelled)).core for _ in range(count)]
             chosen = tuple(self.gpus[i] for i in numbers)
             if busy := others_processes(chosen):

@@ -175,8 +175,8 @@ class Plan(Record):
 
 
 def plan(flops: float, hardware: Hardware, devices: int = 1, corpus: str = "") -> Plan:
-    """The model and tokens that use so many FLOPs. `corpus`: FineWeb from 1e14 FLOPs on, if
-    left out. Raises `TierError` for a budget that is too small or too large for the corpus, or the device's memory."""
+    """The model and tokens that use so many FLOPs. `corpus`: FineWeb from 1e14 FLOPs on, if left out. Raises
+    `TierError` for a budget that is too small or too large for the corpus, or the device's memory."""
     if corpus not in ("", *FAMILIES):
         raise TierError(f"a plan is for {' or '.join(FAMILIES)}, not {corpus!r}")
     if not (math.isfinite(flops) and flops > 0 and devices >= 1):

@@ -37,8 +37,10 @@ def test_which_there_are(driver, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert usable_gpus() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    driver("GPU-aa\\nGPU-bb\\n")
+    driver("0, GPU-aa\\n1, GPU-bb\\n")
     assert usable_gpus() == ["GPU-aa", "GPU-bb"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert usable_gpus() == ["GPU-bb"]
 
 
 def test_no_driver_no_gpus(monkeypatch, tmp_path):
@@ -87,14 +89,17 @@ def test_a_wait_can_be_cancelled(tmp_path):
         assert mine == ("a",)
 
 
-def test_a_busy_one_is_refused_with_who_is_on_it(driver, tmp_path):
-    driver("GPU-aa\\nGPU-bb\\n", "GPU-bb, 4711, python\\n")
+def test_a_busy_one_is_refused_with_who_is_on_it(driver, tmp_path, monkeypatch):
+    driver("0, GPU-aa\\n1, GPU-bb\\n", "GPU-bb, 4711, python\\n")
     gpus = Gpus("me", folder=tmp_path)
     with gpus.acquire(1) as mine:
         assert mine == ("GPU-aa",)
     with pytest.raises(BackendError, match="GPU-bb, 4711, python"), gpus.acquire(2):
         pass
-    driver("GPU-aa\\nGPU-bb\\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # by number, while the driver names processes by identifier
+    with pytest.raises(BackendError, match="GPU-bb, 4711, python"), Gpus("other", folder=tmp_path / "2").acquire(1):
+        pass
+    driver("0, GPU-aa\\n1, GPU-bb\\n")
     with gpus.acquire(2):  # nothing was kept
         pass
 
