@@ -73,6 +73,7 @@ class Candidate:
             "shared_bytes": len(self.memory),
             "memory_bytes": self.process.address_space(self.limits.memory_bytes),
             "threads": self.process.thread_limit(),
+            "gpus": self.process.has_gpus,
         }
         body, control = json.dumps(full).encode(), self.process.control
         control.settimeout(self.limits.setup_s)

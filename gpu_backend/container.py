@@ -48,6 +48,8 @@ VARIANTS = ("host", "cpu", "cuda")
 OWNER_LABEL, VARIANT_LABEL = "nanogpt_env.owner", "nanogpt_env.variant"
 FILES = (*HOST_FILES, "restrict.py", "seccomp.py")
 START_TIMEOUT_S = 60.0
+# with GPUs: what torch.compile writes and maps as code, and the processes of its compilers and of data parallelism
+GPU_SCRATCH_BYTES, GPU_PROCESSES = 4 << 30, 2048
 NOBODY = 65534
 _LINE = "/line"
 _DEFAULT_HOST = "unix:///var/run/docker.sock"
@@ -61,7 +63,6 @@ class Contained(Process):
     container: Any
     pidfd: int
     folder: tempfile.TemporaryDirectory[str]
-    has_gpus: bool
 
     def address_space(self, memory_bytes: int) -> int:
         # CUDA reserves far more addresses than a machine has memory; the container's limit counts what is used
@@ -128,7 +129,7 @@ def launch(hidden: list[Path], log_fd: int, host: str, note: str, gpus: tuple[st
     container = None
     try:
         with _listen(Path(folder.name)) as listener:
-            command = ["filter", host, f"{_LINE}/trainer"]
+            command = ["filter", host, f"{_LINE}/trainer", *(["--processes"] if gpus else [])]
             container = client.containers.create(image.id, **settings(image, hidden, folder.name, command, gpus))
             container.start()  # apart: one that does not start is to be removed, too
             pid, pidfd = _process(container)
@@ -143,7 +144,9 @@ def launch(hidden: list[Path], log_fd: int, host: str, note: str, gpus: tuple[st
         raise
     version = client.version()["Version"]
     info = SandboxInfo("docker", f"{version}, image {image.labels[VARIANT_LABEL]} {image.id}", True, note)
-    return Contained(info, pid, control, container, pidfd, folder, bool(gpus))
+    contained = Contained(info, pid, control, container, pidfd, folder)
+    contained.has_gpus = bool(gpus)
+    return contained
 
 
 def settings(
@@ -154,6 +157,8 @@ def settings(
     own_python = image.labels[VARIANT_LABEL] == "host"
     binds = {str(HERE / file): f"{INSIDE}/{file}" for file in FILES} | {folder: _LINE}
     scratch = {"/tmp": f"size={SCRATCH_BYTES},nr_inodes={confine.INODES},mode=1777"}
+    if gpus:
+        scratch = {"/tmp": f"size={GPU_SCRATCH_BYTES},exec,mode=1777"}
     if own_python:
         shown = [*visible.roots(), *visible.packages()]
         binds |= {str(path): str(path) for path in shown if not visible.is_link(path)}
@@ -167,8 +172,8 @@ def settings(
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
         "user": f"{NOBODY}:{NOBODY}",
-        "pids_limit": MAX_THREADS,
-        "shm_size": SCRATCH_BYTES,
+        "pids_limit": GPU_PROCESSES if gpus else MAX_THREADS,
+        "shm_size": GPU_SCRATCH_BYTES if gpus else SCRATCH_BYTES,
         "tmpfs": scratch,
         "mounts": [types.Mount(target, source, "bind", read_only=True) for source, target in binds.items()],
         "environment": ENVIRONMENT,

@@ -67,15 +67,17 @@ def _answer(model: Model, command: int, message: dict[str, Any], shared: mmap.mm
 def scores(model: Model, windows: Tensor, vocab: int) -> np.ndarray:
     """Log-probabilities of the next tokens, float32 (rows, length)."""
     logits = _logits(model, windows, vocab)
+    targets = windows[:, 1:].to(logits.device)
     # row by row: a float32 copy of all logits would be the largest tensor of the evaluation
-    found = [row.float().log_softmax(-1).gather(1, t[:, None]) for row, t in zip(logits, windows[:, 1:], strict=True)]
-    return torch.cat(found, 1).T.numpy()
+    found = [row.float().log_softmax(-1).gather(1, t[:, None]) for row, t in zip(logits, targets, strict=True)]
+    return torch.cat(found, 1).T.cpu().numpy()
 
 
 def full_rows(model: Model, windows: Tensor, positions: np.ndarray, vocab: int) -> np.ndarray:
     """Logits over the vocabulary at one position of each row, float32 (rows, vocab)."""
     logits = _logits(model, windows, vocab)
-    return logits[torch.arange(len(logits)), torch.from_numpy(positions)].float().numpy()
+    rows = logits[torch.arange(len(logits)), torch.from_numpy(positions).to(logits.device)]
+    return rows.float().cpu().numpy()
 
 
 def _logits(model: Model, windows: Tensor, vocab: int) -> Tensor:

@@ -68,7 +68,7 @@ def begin(control: socket.socket) -> tuple[dict[str, Any], mmap.mmap] | None:
         return None
     (length,) = LENGTH.unpack(head)
     message: dict[str, Any] = json.loads(control.recv(length, socket.MSG_WAITALL))
-    _limit(message["memory_bytes"], message["threads"])
+    _limit(message["memory_bytes"], message["threads"], message["gpus"])
     torch.manual_seed(message["seed"])
     return message, mmap.mmap(fds[0], message["shared_bytes"])
 
@@ -80,6 +80,15 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(m_trim_threshold, 1 << 30)
         mallopt(m_mmap_threshold, largest)
+
+
+def page_lock(memory: mmap.mmap) -> None:
+    """Have a GPU copy to and from memory directly. Where that is refused, copies take longer, and that is all."""
+    import numpy
+    import torch
+
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    cudart.cudaHostRegister(numpy.frombuffer(memory, numpy.uint8).ctypes.data, len(memory), 0)
 
 
 def fail(control: socket.socket, error: BaseException) -> None:
@@ -107,17 +116,18 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
 
 
-def _limit(memory_bytes: int, threads: int) -> None:
+def _limit(memory_bytes: int, threads: int, gpus: bool) -> None:
     """Cap address space (over what torch has mapped already), file sizes, open files, core dumps; and threads in a
-    user namespace of our own. 0: not. The kernel does not count root's threads."""
+    user namespace of our own. 0: not. The kernel does not count root's threads. With GPUs compilers run, and a driver
+    that opens a file for everything."""
     if threads:
         resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
     with open("/proc/self/statm") if sys.platform.startswith("linux") else open("/dev/null") as statm:
         mapped = int((statm.read().split() or ["0"])[0]) * mmap.PAGESIZE
     if mapped and memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes,) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20,) * 2)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((1 << 30 if gpus else 16 << 20),) * 2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, ((4096 if gpus else 64),) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if hasattr(resource, "RLIMIT_SIGPENDING"):
         resource.setrlimit(resource.RLIMIT_SIGPENDING, (256, 256))  # counted for the user, as the host sees it

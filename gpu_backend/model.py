@@ -1,8 +1,11 @@
-"""The fixed model of the steps tiers: a small modern GPT, owned by the trainer.
+"""The fixed model of the tiers: a small modern GPT, owned by the trainer.
 
 Token embedding -> RMSNorm -> L blocks (attention, MLP; parameter-free RMSNorm before each) -> RMSNorm
 -> untied head -> logits soft-capped at 15. Queries and keys are RMS-normed and rotated (RoPE over all
 head dimensions, base 1024); the MLP is ReLU^2 with a factor 4. No biases. Any size by four integers.
+
+With `public` it is the model of the public optimization track: biases in all layers, gains in the norms around them,
+RoPE over half of the head dimensions, attention scores times 0.12, a soft cap by a root instead of tanh.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 LOGIT_CAP = 15.0
 ROPE_BASE = 1024.0
 INIT_STD = 0.02
+PUBLIC_SCALE = 0.12
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class ModelConfig:
     heads: int
     vocab_size: int
     seq_len: int
+    public: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "vocab_size", "seq_len"):
@@ -35,6 +40,8 @@ class ModelConfig:
                 f"model.width ({self.width}) must be a multiple of 2 * heads ({2 * self.heads}): "
                 "rotary embedding needs an even head size"
             )
+        if self.public and self.width % (4 * self.heads):
+            raise ValueError("a public model rotates half of each head: model.width must be a multiple of 4 * heads")
 
 
 def flops_per_token(c: ModelConfig) -> int:
@@ -51,14 +58,25 @@ def _norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+class _Norm(nn.Module):
+    """Over the width; with gains if public."""
+
+    def __init__(self, width: int, public: bool) -> None:
         super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width, bias=False)
-        self.k = nn.Linear(width, width, bias=False)
-        self.v = nn.Linear(width, width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
+        self.gains = nn.Parameter(torch.ones(width)) if public else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _norm(x) if self.gains is None else _norm(x) * self.gains.type_as(x)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int, public: bool) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, PUBLIC_SCALE if public else None
+        self.q = nn.Linear(width, width, bias=public)
+        self.k = nn.Linear(width, width, bias=public)
+        self.v = nn.Linear(width, width, bias=public)
+        self.proj = nn.Linear(width, width, bias=public)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -67,7 +85,7 @@ class _Attention(nn.Module):
             for linear in (self.q, self.k, self.v)
         )
         q, k = _rotate(_norm(q), cos, sin), _rotate(_norm(k), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         out: Tensor = self.proj(y.transpose(1, 2).reshape(batch, length, width))
         return out
 
@@ -78,10 +96,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _MLP(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, public: bool) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=public)
+        self.down = nn.Linear(4 * width, width, bias=public)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(F.relu(self.up(x)).square())
@@ -89,14 +107,14 @@ class _MLP(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, public: bool) -> None:
         super().__init__()
-        self.attn = _Attention(width, heads)
-        self.mlp = _MLP(width)
+        self.attn_norm, self.attn = _Norm(width, public), _Attention(width, heads, public)
+        self.mlp_norm, self.mlp = _Norm(width, public), _MLP(width, public)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(_norm(x), cos, sin)
-        out: Tensor = x + self.mlp(_norm(x))
+        x = x + self.attn(self.attn_norm(x), cos, sin)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
@@ -109,25 +127,38 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(config.layers))
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        half = config.width // config.heads // 2
-        frequency = ROPE_BASE ** (-torch.arange(half, dtype=torch.float32) / half)
+        width, public = config.width, config.public
+        self.embed, self.embed_norm = nn.Embedding(config.vocab_size, width), _Norm(width, public)
+        self.blocks = nn.ModuleList(_Block(width, config.heads, public) for _ in range(config.layers))
+        self.head_norm, self.head = _Norm(width, public), nn.Linear(width, config.vocab_size, bias=public)
+        half = width // config.heads // 2
+        if public:  # the other half of the dimensions stands still
+            frequency = torch.zeros(half)
+            frequency[: half // 2] = ROPE_BASE ** -torch.linspace(0, 1, half // 2)
+        else:
+            frequency = ROPE_BASE ** (-torch.arange(half, dtype=torch.float32) / half)
         angle = torch.outer(torch.arange(config.seq_len, dtype=torch.float32), frequency)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Default initial values, N(0, 0.02) everywhere; a candidate's `init` may replace them."""
+        """Default initial values: gains 1, biases 0, else N(0, 0.02); a candidate's `init` may replace them."""
         with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.normal_(0.0, INIT_STD, generator=generator)
+            for name, parameter in self.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0.0, INIT_STD, generator=generator)
+                else:
+                    parameter.fill_(1.0 if name.endswith("gains") else 0.0)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        x = _norm(self.embed(inputs))
+        x = self.embed_norm(self.embed(inputs))
         cos, sin = self.cos[: inputs.size(1)], self.sin[: inputs.size(1)]
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits = LOGIT_CAP * torch.tanh(self.head(_norm(x)) / LOGIT_CAP)
+        logits = self.head(self.head_norm(x))
+        if self.config.public:
+            logits = logits.float()
+            logits = LOGIT_CAP * logits * (logits.square() + LOGIT_CAP**2).rsqrt()
+        else:
+            logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))

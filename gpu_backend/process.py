@@ -48,6 +48,7 @@ class Process:
     info: SandboxInfo
     pid: int
     control: socket.socket
+    has_gpus: bool = field(default=False, init=False)
     group: cgroups.Group | None = field(default=None, init=False)
 
     def limit(self, memory_bytes: int) -> None:

@@ -1,11 +1,11 @@
 """Takes rights away from its own process, then runs a host script in it. Runs inside the sandbox, before the candidate.
 
     python restrict.py landlock HOST LINE_FD [--read PATH]... [--list PATH]...
-    python restrict.py filter HOST LINE_SOCKET
+    python restrict.py filter HOST LINE_SOCKET [--processes]
 
 `landlock`: no namespaces are needed. Files by an allow-list of the kernel's Landlock; the rest by a seccomp filter.
 `filter`: in a container, which has namespaces, the filter only; the line to the trainer is a socket with a name, and
-what comes first over it is the descriptor for our output.
+what comes first over it is the descriptor for our output. `--processes`: it may start others, compilers for one.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("line")
     parser.add_argument("--read", action="append", default=[])
     parser.add_argument("--list", action="append", default=[])
+    parser.add_argument("--processes", action="store_true")
     args = parser.parse_args()
     script = str(Path(__file__).parent / args.host)
     if args.kind == "landlock":
@@ -189,7 +190,7 @@ def main() -> None:
     else:
         fd = _connect(args.line)
         drop_capabilities()
-        seccomp.install(seccomp.program())
+        seccomp.install(seccomp.program(processes=args.processes))
     sys.argv[:] = [script, str(fd)]
     runpy.run_path(script, run_name="__main__")
 

@@ -101,6 +101,8 @@ class IsolatedRule:
         self._params, self._gradients, self._readout = (
             torch.frombuffer(self.line.memory, dtype=torch.float32, count=count, offset=i * section) for i in range(3)
         )
+        if flat.params.is_cuda:
+            host.page_lock(self.line.memory)
         self._params.copy_(flat.params[self.part])
         sections = {"params": 0, "gradients": section, "readout": 2 * section}
         shards = [[{**e, "offset": e["offset"] - self.part.start} for e in flat.shards[i]] for i in own]
@@ -112,7 +114,11 @@ class IsolatedRule:
             raise RunFailed("candidate_protocol", f"unexpected answer {status} to the set-up")
         self.has_readout = status == host.READY_WITH_READOUT
         flat.params[self.part].copy_(self._params)
-        self._cpu = self.line.cpu_seconds()
+        self._used = self._used_seconds()
+
+    def _used_seconds(self) -> float:
+        """CPU time; on a GPU, which the process shares with ours in turn, the time that we waited for it."""
+        return self.line.waited if self.flat.params.is_cuda else self.line.cpu_seconds()
 
     def step(self, step: int, forward_backward_s: float) -> None:
         """Hand over the gradients, wait for the update, copy the parameters out."""
@@ -122,7 +128,7 @@ class IsolatedRule:
         self._ask(host.STEP, step, max(set_up, 0.0) if step == 0 else self.limits.stall_s)
         self.flat.params[self.part].copy_(self._params)
         if step == 0:
-            self._cpu = self.line.cpu_seconds()
+            self._used = self._used_seconds()
             return
         self._window.append([0.0, 0.0])
         self._charge(step, forward_backward_s)
@@ -140,11 +146,11 @@ class IsolatedRule:
         return copied
 
     def _charge(self, step: int, forward_backward_s: float) -> None:
-        """Add the rule's CPU time since the last charge to the last step; refuse a window that is over the cap."""
-        before, self._cpu, self._charged_step = self._cpu, self.line.cpu_seconds(), step
-        self.total_rule_s += self._cpu - before
+        """Add the rule's time since the last charge to the last step; refuse a window that is over the cap."""
+        before, self._used, self._charged_step = self._used, self._used_seconds(), step
+        self.total_rule_s += self._used - before
         self.total_forward_backward_s += forward_backward_s
-        self._window[-1][0] += self._cpu - before
+        self._window[-1][0] += self._used - before
         self._window[-1][1] += forward_backward_s
         if len(self._window) < WINDOW_MIN:
             return
@@ -153,7 +159,7 @@ class IsolatedRule:
             n = len(self._window)
             raise RunFailed(
                 "rule_too_slow",
-                f"at step {step} the rule's CPU time over the last {n} steps was {rule / ours:.2f} "
+                f"at step {step} the rule's time over the last {n} steps was {rule / ours:.2f} "
                 f"times that of forward + backward ({1e3 * rule / n:.1f} ms against "
                 f"{1e3 * ours / n:.1f} ms a step); the tier allows {self.limits.rule_time:g} times",
             )

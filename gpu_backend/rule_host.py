@@ -58,6 +58,8 @@ class _Rule:
     def __init__(self, message: dict[str, Any], shared: mmap.mmap) -> None:
         import torch
 
+        if message["device"].startswith("cuda"):
+            host.page_lock(shared)
         source = message["source"]
         module = types.ModuleType("optimizer")
         sys.modules["optimizer"] = module  # dataclasses look their module up

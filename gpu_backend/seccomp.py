@@ -20,7 +20,9 @@ import struct
 _LOAD, _AND, _JUMP_EQ, _JUMP_GE, _JUMP_SET, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _OFFSET_NR, _OFFSET_ARCH, _OFFSET_ARG0 = 0, 4, 16
-_CLONE_THREAD, _AF_UNIX, _PR_SET_PDEATHSIG = 0x00010000, 1, 1
+_CLONE_THREAD, _PR_SET_PDEATHSIG = 0x00010000, 1
+_CLONE_NAMESPACES = 0x7E020000
+_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _X32_BIT = 0x40000000
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -151,14 +153,16 @@ def install(compiled: bytes) -> None:
         raise OSError(ctypes.get_errno(), "seccomp")
 
 
-def program(machine: str | None = None, alone: int = 0) -> bytes:
+def program(machine: str | None = None, alone: int = 0, processes: bool = False) -> bytes:
     """The compiled filter. `alone`: the number of the process that it is for, if that has no namespaces of its own.
-    Raises `OSError` on an architecture whose call numbers are not listed."""
+    `processes`: for a container with GPUs, whose compilers are programs and whose processes talk by sockets; what they
+    can reach is in the container. Raises `OSError` on an architecture whose call numbers are not listed."""
     machine = machine or platform.machine()
     if machine not in _AUDIT_ARCH:
         raise OSError(f"no seccomp filter for the {machine} architecture")
     column = 0 if machine == "x86_64" else 1
-    denied = [numbers[column] for numbers in [*_DENIED.values(), *(_DENIED_ALONE.values() if alone else ())]]
+    names = [name for name in _DENIED if not (processes and name in ("fork", "vfork"))]
+    denied = [numbers[column] for numbers in [*(_DENIED[n] for n in names), *(_DENIED_ALONE.values() if alone else ())]]
     code = [
         _op(_LOAD, _OFFSET_ARCH),
         _op(_JUMP_EQ, _AUDIT_ARCH[machine], 1, 0),
@@ -172,7 +176,10 @@ def program(machine: str | None = None, alone: int = 0) -> bytes:
     for number in denied:
         if number is not None:
             code += [_op(_JUMP_EQ, number, 0, 1), _op(_RETURN, _ERRNO | errno.EPERM)]
-    code += _when(_CLONE[machine], 0, [_op(_JUMP_SET, _CLONE_THREAD, 0, 1), _op(_RETURN, _ALLOW)], _EPERM)
+    if processes:
+        code += _when(_CLONE[machine], 0, [_op(_JUMP_SET, _CLONE_NAMESPACES, 0, 1), *_EPERM], _PASS)
+    else:
+        code += _when(_CLONE[machine], 0, [_op(_JUMP_SET, _CLONE_THREAD, 0, 1), *_PASS], _EPERM)
     # not the signal that ends the candidate when its trainer dies
     code += _when(_PRCTL[machine], 0, [_op(_JUMP_EQ, _PR_SET_PDEATHSIG, 0, 1), *_EPERM], _PASS)
     code += _when(_FCNTL[machine], 1, _refuse(_FCNTL_REFUSED), _PASS)
@@ -186,7 +193,8 @@ def program(machine: str | None = None, alone: int = 0) -> bytes:
         connected = [op for kind in (_SOCK_STREAM, _SOCK_SEQPACKET) for op in (_op(_JUMP_EQ, kind, 0, 1), *_PASS)]
         code += _when(_SOCKETPAIR[machine], 1, [_op(_AND, _SOCK_TYPE_MASK), *connected], _EPERM)
     else:
-        code += _when(_SOCKET[machine], 0, [_op(_JUMP_EQ, _AF_UNIX, 0, 1), *_PASS], _EPERM)
+        families = (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK) if processes else (_AF_UNIX,)
+        code += _when(_SOCKET[machine], 0, [op for f in families for op in (_op(_JUMP_EQ, f, 0, 1), *_PASS)], _EPERM)
     return b"".join([*code, *_PASS])
 
 

@@ -1,11 +1,13 @@
 """The client of training code: `import speedrun` in train.py. Batches in, checkpoint out.
 
-    config              model (a ModelConfig: the tier's sizes), tokens (how many a run may use), max_batch_tokens
+    config              model (a ModelConfig: the tier's sizes), tokens (how many a run may use), max_batch_tokens,
+                        first_token (which documents begin with, or None)
     GPT, ModelConfig    the tier's own model class
     batches(...)        random tokens before `start()`, training tokens after it, until they are spent
     declare(state)      free models only, before start(): names, shapes and dtypes of the later checkpoint
     start()             ends the set-up: the clock starts with the next batch
     save(state)         hands over the checkpoint; the clock stops, and the process with it
+    ranks(count)        GPU tiers: goes on in so many processes, one a GPU, each of which gets its share of the rows
 
 docs/candidate.md has the whole of it. Runs inside the sandbox; nothing here measures anything.
 """
@@ -14,7 +16,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import socket
+import tempfile
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
@@ -32,6 +37,7 @@ _outstanding: deque[tuple[int, int]] = deque()
 _control: socket.socket
 _memory: memoryview
 _slot_bytes = _slots = _checkpoint = 0
+_rank, _count = 0, 1
 _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 
@@ -60,27 +66,88 @@ def batches(
     order: 'stream' (the text in passing, each row from another place) or 'documents' (each row starts with the first
     token of a document). Ends when the run's tokens are spent or `shapes` ends. Batches that were made and not
     taken count as used: one loop, and a change of size through `shapes`, wastes nothing.
+    With `ranks` all must ask for the same, and each gets its share of the rows, which must be possible evenly.
     """
     if shapes is None:
         if rows is None or length is None:
             raise TypeError("batches() needs rows and length, or shapes")
         shapes = itertools.repeat((rows, length))
     rest, code = iter(shapes), host.ORDERS.index(order)
+    if _count == 1:
+        windows = _windows(rest, code)
+    else:
+        windows = _shared(_windows(rest, code) if _rank == 0 else itertools.repeat(None))
+    for window in windows:
+        yield window[:, :-1], window[:, 1:]
+
+
+def _windows(shapes: Iterator[tuple[int, int]], code: int) -> Iterator[Tensor]:
+    """Batches from the trainer, with a few asked for ahead."""
     _drain()
     while True:
-        for shape in itertools.islice(rest, _slots - len(_outstanding)):
+        for shape in itertools.islice(shapes, _slots - len(_outstanding)):
             host.send(_control, host.BATCH, *shape, code)
             _outstanding.append(shape)
         if not _outstanding:
             return
-        if (batch := _receive()) is None:
+        if (window := _receive()) is None:
             _drain()
             return
-        yield batch
+        yield window
+
+
+def _shared(windows: Iterator[Tensor | None]) -> Iterator[Tensor]:
+    """This rank's rows of what the first one gets."""
+    import torch
+    import torch.distributed as dist
+
+    while True:
+        window = next(windows, None)
+        shape = torch.tensor(window.shape if window is not None else (0, 0))
+        dist.broadcast(shape, 0)
+        rows, width = shape.tolist()
+        if not rows:
+            return
+        if rows % _count:
+            raise ValueError(f"a batch of {rows} rows cannot be shared out evenly among {_count} ranks")
+        if window is None:
+            window = torch.empty(rows, width, dtype=torch.int64)
+        dist.broadcast(window, 0)
+        yield window.chunk(_count)[_rank]
+
+
+def ranks(count: int) -> int:
+    """Go on in `count` processes, and make a process group of them: nccl for tensors on GPUs, gloo for others. This
+    one's rank. Call it once, before anything else touches a GPU; the process's first is made its own.
+
+    Where a tier gives no GPUs, no processes can be started."""
+    global _rank, _count
+    if count < 1:
+        raise ValueError(f"at least one rank, not {count}")
+    if count == 1:
+        return 0
+    import torch
+    import torch.distributed as dist
+
+    _count, store = count, tempfile.mktemp(prefix="ranks-")
+    _rank = next((rank for rank in range(1, count) if os.fork() == 0), 0)
+    if _rank:
+        host.die_with_parent()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    on_gpus = torch.cuda.device_count() >= count
+    if on_gpus:
+        torch.cuda.set_device(_rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo", init_method=f"file://{store}", rank=_rank, world_size=count
+    )
+    return _rank
 
 
 def declare(state: Mapping[str, Tensor]) -> None:
     """Say what the checkpoint of a free model will hold. Once, before `start()`; `save` is held to it."""
+    if _rank:
+        return
     entries = {name: [_DTYPES.get(str(t.dtype), str(t.dtype)), list(t.shape)] for name, t in state.items()}
     _drain()
     _call(host.DECLARE, _write(json.dumps(entries).encode()))
@@ -88,6 +155,8 @@ def declare(state: Mapping[str, Tensor]) -> None:
 
 def start() -> None:
     """End the set-up: from here on batches hold training text, and the clock starts with the first one."""
+    if _rank:
+        return
     _drain()
     _call(host.START)
 
@@ -96,6 +165,8 @@ def save(state: Mapping[str, Tensor]) -> None:
     """Hand over the trained tensors. Does not return: the run is over when the trainer has them."""
     import safetensors.torch
 
+    while _rank:
+        time.sleep(1)  # until all are ended
     _drain()
     tensors = {name: t.detach().contiguous().cpu() for name, t in state.items()}
     host.send(_control, host.SAVE, _write(safetensors.torch.save(tensors)))
@@ -117,7 +188,7 @@ def _call(command: int, *arguments: int) -> None:
         raise SystemExit("the trainer ended the run")
 
 
-def _receive() -> tuple[Tensor, Tensor] | None:
+def _receive() -> Tensor | None:
     """The oldest outstanding batch, copied out of its slot; None if the tokens are spent."""
     import numpy as np
     import torch
@@ -129,8 +200,7 @@ def _receive() -> tuple[Tensor, Tensor] | None:
     if frame[0] == host.END:
         return None
     ids = np.frombuffer(_memory, np.uint16, rows * (length + 1), frame[1] * _slot_bytes)
-    window = torch.from_numpy(ids.astype(np.int64)).view(rows, length + 1)
-    return window[:, :-1], window[:, 1:]
+    return torch.from_numpy(ids.astype(np.int64)).view(rows, length + 1)
 
 
 def _drain() -> None:

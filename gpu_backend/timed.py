@@ -80,7 +80,10 @@ class Timed(Setting):
 
     def _message(self) -> dict[str, Any]:
         """What training code and a model in evaluation are told alike."""
-        config = {"tokens": self.job.tokens, "max_batch_tokens": self.job.max_batch_tokens}
+        first_token = self.special_ids[0] if self.special_ids else None
+        config = {
+            "tokens": self.job.tokens, "max_batch_tokens": self.job.max_batch_tokens, "first_token": first_token,
+        }  # fmt: skip
         return {"sources": self.job.sources, "model": asdict(self.config), "config": config}
 
     def _written(self, line: Candidate, size: int) -> bytes:
@@ -167,6 +170,7 @@ class Timed(Setting):
             self._evaluate_free(content, self._rules)
             return
         self.model.load_state_dict(checkpoint.load(content, self._layout))
+        self.model.to(self.device)
         for name, shard in self.val.items():
             self.result.val_losses[name] = self.evaluate(shard)
 

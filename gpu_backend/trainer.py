@@ -40,7 +40,7 @@ CONTENT = HERE.parent  # envs/, records and corpora lie here: no candidate may s
 class Job:
     """What every run needs. The shards in `final_shards` are evaluated at the end."""
 
-    model: dict[str, int]
+    model: dict[str, Any]
     corpus: str
     cache: str
     seed: str
@@ -81,6 +81,8 @@ class StepsJob(Job):
     """rows at a time, whose gradients are accumulated; 0: all of a rank's"""
     numbers: str = "fp32"
     """or bf16, by autocast"""
+    compile: bool = False
+    """the model, by torch.compile"""
     exchange: str = ""
     """device where the rule has its own copy of what is exchanged; none: it works on the shared memory"""
 
@@ -88,6 +90,8 @@ class StepsJob(Job):
         super().__post_init__()
         if self.ranks < 1 or self.batch_size % self.ranks or self.shards % self.ranks:
             raise ValueError(f"{self.ranks} ranks cannot share {self.batch_size} rows and {self.shards} shards evenly")
+        if len(self.gpu_ids) not in (0, self.ranks):
+            raise ValueError(f"{self.ranks} ranks cannot have {len(self.gpu_ids)} GPUs: one each, or none")
         if self.numbers not in ("fp32", "bf16") or self.micro_batch < 0:
             raise ValueError(f"need fp32 or bf16 and micro_batch >= 0, not {self.numbers} and {self.micro_batch}")
         if self.steps < 1 or self.horizon < self.steps:
@@ -223,6 +227,8 @@ def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Lau
         result.exit_reason, result.detail = "cancelled", "the run was cancelled"
     result.log = log.text() + result.log
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    if job.gpu_ids:
+        result.hardware["trainer_gpu_peak_bytes"] = setting.gpu_peak_bytes()
     result.trainer_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     result.device_seconds = (time.monotonic() - started) * max(1, len(job.gpu_ids))
     return result
@@ -283,6 +289,10 @@ def _hardware(job: Job) -> dict[str, Any]:
         name = platform.processor() or platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
     found = {"cpu": name, "cores": os.cpu_count(), "simd": capability, "threads": 1}
+    if job.gpu_ids:
+        if not torch.cuda.is_available():
+            raise ValueError("the run has GPUs, and the torch that is installed here cannot use them")
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return found | ({"devices": job.ranks, "numbers": job.numbers} if isinstance(job, StepsJob) else {})
 
 
@@ -353,8 +363,12 @@ def main() -> int:
     adopt_orphans()
     hidden = [CONTENT, *(Path(p).resolve() for p in args.hide)]
 
+    gpus = args.gpu[args.rank : args.rank + 1] if args.track == "steps" else args.gpu  # of update rules one a rank
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+
     def launch(log_fd: int, host: str) -> Process:
-        return sandbox.launch(args.sandbox, hidden, log_fd, host, args.note, tuple(args.gpu))
+        return sandbox.launch(args.sandbox, hidden, log_fd, host, args.note, tuple(gpus))
 
     return serve(TRACKS[args.track], launch, sys.argv[1:], args.rank, args.store)
 

@@ -41,14 +41,20 @@ class Setting:
         labels = data.permutation(self.config.vocab_size, self.special_ids, generator)
         self.tokens = data.joined([shards[n] for n in job.train_shards], labels)
         self.val = {n: data.relabel(shards[n], labels) for n in job.final_shards}
+        self.device, self.numbers = torch.device("cuda" if job.gpu_ids else "cpu"), "fp32"
         self.model = GPT(self.config)
-        self.device, self.numbers = torch.device("cpu"), "fp32"
+        self.forward: Callable[[Tensor, Tensor], Tensor] = self.model
+
+    def gpu_peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated()
 
     def loss(self, window: data.Tokens) -> Tensor:
         """Mean cross-entropy of windows, (rows, length + 1)."""
-        ids = torch.from_numpy(window.astype(np.int64)).to(self.device)
+        ids = torch.from_numpy(window.astype(np.int64))
+        if self.device.type == "cuda":
+            ids = ids.pin_memory().to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.numbers == "bf16"):
-            found: Tensor = self.model(ids[:, :-1], ids[:, 1:])
+            found: Tensor = self.forward(ids[:, :-1], ids[:, 1:])
         return found
 
     def evaluate(self, tokens: np.ndarray) -> float:
@@ -88,7 +94,10 @@ class Training(Setting):
         self.rows = self.ranks.mine(job.batch_size)
         self.own = self.ranks.mine(job.shards)
         self.batches = data.Batches(self.tokens, job.batch_size, np.random.default_rng(job.stream_seed("batches")))
-        self.model.initialize(torch.Generator().manual_seed(job.stream_seed("init")))
+        self.model.initialize(torch.Generator().manual_seed(job.stream_seed("init")))  # the same on any device
+        self.model.to(self.device)
+        if job.compile:
+            self.forward = torch.compile(self.model)
         self.flat = Flat(self.model, job.shards)
 
     def train(self, process: Process, progress: Callable[[], None]) -> Tensor:
@@ -152,20 +161,22 @@ class Training(Setting):
             )
 
     def forward_backward(self) -> tuple[float, float]:
-        """(loss, CPU seconds of this thread) of this rank's rows; the gradients are left in `flat.gradients`."""
+        """(loss, seconds: of this thread's CPU, or of the GPU) of this rank's rows; the gradients are left in
+        `flat.gradients`."""
         # all ranks take the whole batch: so they agree on its rows, whatever their number
         window = self.batches.take(self.job.batch_size, self.config.seq_len)[self.rows.start : self.rows.stop]
-        began = time.thread_time()
+        clock = time.monotonic if self.device.type == "cuda" else time.thread_time
+        began = clock()
         self.flat.gradients.zero_()
-        total, most = 0.0, self.job.micro_batch or len(window)
+        total, most = torch.zeros((), dtype=torch.float64, device=self.device), self.job.micro_batch or len(window)
         for i in range(0, len(window), most):
             part = window[i : i + most]
             loss = self.loss(part)
             if len(part) < len(window):
                 loss = loss * (len(part) / len(window))
             loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-        return total, time.thread_time() - began
+            total += loss.detach()
+        return total.item(), clock() - began  # `item` waits for the device
 
     def _evaluate_point(self, flat_params: Tensor) -> None:
         shard = self.val[self.job.final_shards[0]]

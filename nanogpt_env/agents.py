@@ -40,7 +40,7 @@ class LadderAgent:
 
 def _climb_steps(tier: StepsTier) -> Iterator[Action]:
     start, fastest, measured = tier.table.valued[0], tier.table.valued[-1], tier.measured.records
-    sure = [n for n in tier.records if measured[n].claim is not None and n not in (start, fastest)]
+    sure = [n for n in tier.records if n in measured and measured[n].claim is not None and n not in (start, fastest)]
     middle = sure[len(sure) // 2 : len(sure) // 2 + 1]
     yield ReadFile(path="task.md")
     yield Run(horizon=tier.records[start].horizon)
@@ -48,9 +48,10 @@ def _climb_steps(tier: StepsTier) -> Iterator[Action]:
         record = tier.records[name]
         yield from _write(record)
         yield Run(horizon=record.horizon)
-        if name == fastest:
+        if name == fastest and name in measured:
             yield Submit(claim=round(OVERCLAIM * measured[name].steps_mean), horizon=record.horizon)
-        yield Submit(claim=measured[name].claim or record.horizon, horizon=record.horizon)
+        claim = measured[name].claim if name in measured else None
+        yield Submit(claim=claim or record.horizon, horizon=record.horizon)
     yield Stop()
 
 

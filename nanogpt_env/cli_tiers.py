@@ -88,6 +88,12 @@ def tiers_show(tier: Annotated[str, typer.Argument(help="Name or path.")], as_js
         _show_steps(loaded)
     elif isinstance(loaded, WallclockTier):
         _show_wallclock(loaded)
+    if loaded.table.human:
+        span = loaded.span()
+        say(
+            f"from public record {span.start}, {loaded.format(span.start_value)}, to {span.anchor}, "
+            f"{loaded.format(span.anchor_value)}"
+        )
     say(
         f"target {loaded.table.training.target:g} nats, sigma {c.sigma:.4f}, level {loaded.level():g} per submission, "
         f"boundary {c.boundary:g}"
@@ -100,9 +106,9 @@ def _show_steps(tier: StepsTier) -> None:
     for column in table.columns[:4]:
         column.no_wrap = True
     for name, record in tier.records.items():
-        m = tier.measured.records[name]
-        value = f"{m.value:g} ± {m.value_error:.1f}" if m.value else ""
-        steps = f"{m.steps_mean:.1f} ± {m.steps_sd:.1f}"
+        m = tier.measured.records.get(name)
+        value = f"{m.value:g} ± {m.value_error:.1f}" if m and m.value else ""
+        steps = f"{m.steps_mean:.1f} ± {m.steps_sd:.1f}" if m else "-"
         table.add_row(name, steps, value, str(record.horizon), record.technique)
     console.print(table)
     c = tier.measured
@@ -114,16 +120,17 @@ def _show_wallclock(tier: WallclockTier) -> None:
     for column in table.columns[:6]:
         column.no_wrap = True
     for name, record in tier.records.items():
-        m, ratio = tier.measured.records[name], math.exp(tier.timing.log_ratios.get(name, 0.0))
-        cells = (f"{ratio:.3f}", f"{tier.value_of(name):.3f}", f"{m.loss_mean:.4f}", f"{m.power:.2f}", f"{m.tokens:,}")
-        table.add_row(name, *cells, record.technique)
+        if m := tier.measured.records.get(name):
+            ratio = math.exp(tier.timing.log_ratios.get(name, 0.0))
+            measured = f"{m.loss_mean:.4f}", f"{m.power:.2f}", f"{m.tokens:,}"
+            table.add_row(name, f"{ratio:.3f}", f"{tier.value_of(name):.3f}", *measured, record.technique)
+        else:
+            table.add_row(name, *["-"] * 5, record.technique)
     console.print(table)
-    where = "this host" if tier.timing is tier.host else "the host of the calibration (`tiers time` measures this one)"
-    floor = tier.measured.table_floor
-    say(
-        f"times from {where}: sd of a pair {tier.timing.pair_sd:.2%}, {tier.pair_test().pairs} pairs\n"
-        f"table floor {floor['bigrams']:.3f} nats, {floor['finished']:.3f} after a short finish"
-    )
+    where = "this host" if tier.timing is tier.host else "the calibration (`tiers time` measures this host)"
+    say(f"times from {where}: sd of a pair {tier.timing.pair_sd:.2%}, {tier.pair_test().pairs} pairs")
+    if floor := tier.measured.table_floor:
+        say(f"table floor {floor['bigrams']:.3f} nats, {floor['finished']:.3f} after a short finish")
 
 
 @tiers_app.command("plan")
@@ -173,6 +180,9 @@ def tiers_calibrate(
     recompute: Annotated[
         bool, typer.Option(help="After a change of target, verification or budget: reuse the losses, train nothing.")
     ] = False,
+    published: Annotated[
+        bool, typer.Option(help="Take the noise that env.toml cites as published: train nothing.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the calibration, write nothing.")] = False,
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
@@ -186,13 +196,17 @@ def tiers_calibrate(
     with _calibration_backend(loaded, sandbox) as (backend, counts):
         settings: dict[str, Any] = {"seeds": seeds, "reruns": reruns, "workers": workers, "fresh": fresh}
         measured: Calibration
-        if isinstance(loaded, StepsTier):
+        if published:
+            from nanogpt_env import published as others
+
+            measured = others.calibrate(loaded, counts)
+        elif isinstance(loaded, StepsTier):
             from nanogpt_env import calibrate
 
             if retime:
                 raise typer.BadParameter("--retime is for tiers of the wallclock track")
             if recompute:
-                measured = calibrate.recompute(loaded, load_calibration(loaded.folder, StepsCalibration), counts)
+                measured = calibrate.recompute(loaded, load_calibration(path, StepsCalibration), counts)
             else:
                 measured = calibrate.calibrate(loaded, backend, value=value or (), report=counts, **settings)
         else:

@@ -30,6 +30,12 @@ def others_processes(gpus: Sequence[str]) -> list[str]:
     return [line for line in _query("--query-compute-apps=gpu_uuid,pid,process_name") if line.startswith(tuple(gpus))]
 
 
+def states(gpus: Sequence[str]) -> list[str]:
+    """How these GPUs are: identifier, MHz of processors and memory, degrees, watts, what holds the clocks down."""
+    wanted = "uuid,clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
+    return [line for line in _query(f"--query-gpu={wanted}") if line.startswith(tuple(gpus))]
+
+
 def _query(question: str) -> list[str]:
     try:
         done = subprocess.run(
@@ -42,6 +48,12 @@ def _query(question: str) -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def check_idle(gpus: Sequence[str]) -> None:
+    """Raises `BackendError` if somebody else's process is on one of ours."""
+    if busy := others_processes(gpus):
+        raise BackendError(f"a GPU is in use by a process that is not ours: {'; '.join(busy)}")
 
 
 class Gpus:
@@ -75,6 +87,5 @@ class Gpus:
             with locked(self._folder / "choosing.lock", cancelled):
                 numbers = [held.enter_context(slots.acquire(cancelled=cancelled)).core for _ in range(count)]
             chosen = tuple(self.gpus[i] for i in numbers)
-            if busy := others_processes(chosen):
-                raise BackendError(f"a GPU is in use by a process that is not ours: {'; '.join(busy)}")
+            check_idle(chosen)
             yield chosen

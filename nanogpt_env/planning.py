@@ -84,7 +84,7 @@ FINEWEB = Family(
     aspect=64,
     tokens_per_weight=15,
     batch=(524288, 1.835e9),
-    shards=("fineweb_train_{n:06d}", "fineweb_val_000000[10485760:20971520]", "fineweb_val_000000[0:10485760]"),
+    shards=("fineweb_train_{n:06d}", "fineweb_val_000000[10485760:20971520]", "fineweb_val_000000[0:10485761]"),
     shard_tokens=1e8,
     source="GPT-2 small at 3.28 nats with Muon and 1.835e9 tokens: 3500 steps of the public optimization track",
 )
@@ -281,7 +281,7 @@ def _env_toml(plan: Plan, name: str, template: StepsTable) -> str:
     count = math.ceil(ROOM * plan.tokens / family.shard_tokens)
     shards = [train.format(n=n) for n in range(1, count + 1)] if "{" in train else train
     tables: dict[str, dict[str, Any]] = {
-        "model": plan.model.model_dump(),
+        "model": plan.model.fields(),
         "data": {"corpus": family.corpus, "train": shards, "public": public, "hidden": hidden},
         "training": {
             "batch_size": plan.batch_size,

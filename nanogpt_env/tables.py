@@ -26,6 +26,11 @@ class Model(Record):
     heads: Count
     vocab_size: Count
     seq_len: Count
+    public: bool = False
+    """with the details of the public optimization track's"""
+
+    def fields(self) -> dict[str, Any]:
+        return self.model_dump(exclude_defaults=True)
 
 
 class Data(Record):
@@ -65,10 +70,12 @@ class StepsTraining(Training):
     """sets of parameters that are updated without sight of each other, so that as many devices may share a run"""
     micro_batch: Annotated[int, Field(ge=0)] = 0
     """rows at a time on a device; 0: all"""
+    compile: bool = False
+    """the model, by torch.compile"""
 
     def changes(self) -> dict[str, Any]:
         """What differs from the defaults of how a batch is computed: losses do too, if only in the last digits."""
-        given = {"numbers": self.numbers, "shards": self.shards, "micro_batch": self.micro_batch}
+        given = self.model_dump(include={"numbers", "shards", "micro_batch", "compile"})
         return {name: value for name, value in given.items() if value != type(self).model_fields[name].default}
 
 
@@ -157,8 +164,18 @@ class Human(Record):
     """without what records gained that credit an AI system"""
 
 
+class Published(Record):
+    """Noise that others have published, for `tiers calibrate --published`."""
+
+    sigma: Positive
+    """sd of the final loss over runs, nats"""
+    pair_sd: Positive | None = None
+    """wallclock track: sd of a pair's log ratio of times"""
+    source: str
+
+
 class TierTable(Record):
-    """`env.toml` as written: what every track has."""
+    """`env.toml` as written: what every track has. With `extends` it is what differs from another tier's."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     summary: str
@@ -173,6 +190,7 @@ class TierTable(Record):
     verification: Verification
     reward: Reward
     human: Human | None = None
+    published: Published | None = None
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:
@@ -197,6 +215,12 @@ class StepsTable(TierTable):
     track: Literal["steps"]
     training: StepsTraining
     limits: StepsLimits
+
+    @model_validator(mode="after")
+    def _shared_out_evenly(self) -> Self:
+        if self.gpus and (self.training.shards % self.gpus or self.training.batch_size % self.gpus):
+            raise ValueError(f"training.shards and training.batch_size must be multiples of gpus ({self.gpus})")
+        return self
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -292,7 +316,7 @@ class HostTiming(Record):
     """of the tier's records, data and settings"""
     pair_sd: Positive
     """sd of a pair's log ratio, upper 90 % confidence limit over all sessions: the floor of the test"""
-    pairs: Count
+    pairs: Annotated[int, Field(ge=0)]
     log_ratios: dict[str, float]
     """record -> ln of its time over the start record's, mean over pairs"""
     log_ratio_errors: dict[str, float]
@@ -302,7 +326,7 @@ class HostTiming(Record):
 class WallclockCalibration(Calibration):
     records: dict[str, TimedRecordCalibration]
     table_floor: dict[str, float]
-    """loss of the best table that the tier's model can hold, and after a short finish; nats"""
+    """loss of the best table that the tier's model can hold, and after a short finish; nats. Not of free models"""
     timing: HostTiming
 
 

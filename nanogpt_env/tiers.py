@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -81,28 +82,67 @@ def load_tier(name_or_path: str | Path, *, calibrated: bool = True, host: bool =
 
 
 def _load(folder: Path, calibrated: bool, host: bool) -> Tier:
-    path, task = folder / "env.toml", _read(folder / "task.md")
-    table = _read_toml(path, _AnyTable).root
+    folders = _lineage(folder)
+    content: dict[str, Any] = {}
+    for one in reversed(folders):
+        content = _extended(content, _toml(one / "env.toml"))
+    table = _valid(folder / "env.toml", _AnyTable, content).root
+    task = _read(_nearest(folders, "task.md"))
     if isinstance(table, StepsTable):
         return StepsTier(
             folder=folder,
+            bases=tuple(folders[1:]),
             table=table,
-            records=_load_records(folder, StepsRecord, table.files),
+            records=_load_records(_nearest(folders, "records"), StepsRecord, table.files),
             task=task,
-            calibration=load_calibration(folder, StepsCalibration) if calibrated else None,
+            calibration=load_calibration(_nearest(folders, CALIBRATION), StepsCalibration) if calibrated else None,
         )
     return WallclockTier(
         folder=folder,
+        bases=tuple(folders[1:]),
         table=table,
-        records=_load_records(folder, HumanRecord, table.files),
+        records=_load_records(_nearest(folders, "records"), HumanRecord, table.files),
         task=task,
-        calibration=load_calibration(folder, WallclockCalibration) if calibrated else None,
+        calibration=load_calibration(_nearest(folders, CALIBRATION), WallclockCalibration) if calibrated else None,
         host=load_host_timing(table.name) if host else None,
     )
 
 
 class _AnyTable(RootModel[Annotated[StepsTable | WallclockTable, Field(discriminator="track")]]):
     pass
+
+
+def _lineage(folder: Path) -> list[Path]:
+    """The folder, the one of the tier that it extends, and so on."""
+    folders = [folder]
+    while base := _toml(folders[-1] / "env.toml").get("extends"):
+        if not isinstance(base, str):
+            raise TierError(f"{folders[-1] / 'env.toml'}: extends must name a tier, or a folder relative to this one")
+        beside = folders[-1] / base
+        found = beside.resolve() if (beside / "env.toml").is_file() else find_tier(base)
+        if found in folders:
+            raise TierError(f"{folders[-1] / 'env.toml'}: extends {base}, which extends this tier")
+        folders.append(found)
+    return folders
+
+
+def _nearest(folders: list[Path], name: str) -> Path:
+    """Of the tier itself, or else of what it extends."""
+    return next((folder / name for folder in folders if (folder / name).exists()), folders[0] / name)
+
+
+def _extended(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A tier's settings over those of the tier that it extends."""
+    merged = dict(base)
+    if "human" in own:  # the one measure of rewards replaces the other
+        merged["reward"] = {k: v for k, v in merged.get("reward", {}).items() if k != "anchor"}
+    elif "anchor" in own.get("reward", {}):
+        merged.pop("human", None)
+    for name, value in own.items():
+        old = merged.get(name)
+        merged[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    merged.pop("extends", None)
+    return merged
 
 
 def _read(path: Path) -> str:
@@ -114,12 +154,16 @@ def _read(path: Path) -> str:
         raise TierError(f"cannot read {path}: {error}") from None
 
 
-def _read_toml(path: Path, model: type[T], **known: Any) -> T:
+def _toml(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(_read(path))
-        if twice := set(content) & set(known):
-            raise ValueError(f"may not be given here: {', '.join(sorted(twice))}")
-        return model.model_validate({**content, **known})
+        return tomllib.loads(_read(path))
+    except ValueError as error:
+        raise TierError(f"{path}: {error}") from None
+
+
+def _valid(path: Path, model: type[T], content: Any) -> T:
+    try:
+        return model.model_validate(content)
     except ValueError as error:
         raise TierError(f"{path}: {error}") from None
 
@@ -129,20 +173,22 @@ R = TypeVar("R", bound=HumanRecord)
 
 def _load_records(folder: Path, model: type[R], files: tuple[str, ...]) -> dict[str, R]:
     records = []
-    for path in (folder / "records").glob("*/record.toml"):
-        sources = {name: _read(path.parent / name) for name in files}
-        records.append(_read_toml(path, model, name=path.parent.name, sources=sources))
+    for path in folder.glob("*/record.toml"):
+        known = {"name": path.parent.name, "sources": {name: _read(path.parent / name) for name in files}}
+        content = _toml(path)
+        if twice := set(content) & set(known):
+            raise TierError(f"{path}: may not be given here: {', '.join(sorted(twice))}")
+        records.append(_valid(path, model, {**content, **known}))
     return {r.name: r for r in sorted(records, key=lambda r: (r.order, r.name))}
 
 
 C = TypeVar("C", bound=Calibration)
 
 
-def load_calibration(folder: Path, model: type[C]) -> C:
-    """Read `calibration.json`. Raises `TierError` if it is missing or malformed."""
-    path = folder / CALIBRATION
+def load_calibration(path: Path, model: type[C]) -> C:
+    """Read a `calibration.json`. Raises `TierError` if it is missing or malformed."""
     if not path.exists():
-        raise TierError(f"{folder} is not calibrated: run `nanogpt-env tiers calibrate {folder}`")
+        raise TierError(f"{path.parent} is not calibrated: run `nanogpt-env tiers calibrate {path.parent}`")
     try:
         return model.model_validate(json.loads(_read(path)))
     except (ValueError, RecursionError) as error:

@@ -57,6 +57,8 @@ class Tier(BaseModel, abc.ABC):
     """of values"""
 
     folder: Path
+    bases: tuple[Path, ...] = ()
+    """folders of the tiers that it extends, the nearest first"""
     table: TierTable
     records: Mapping[str, HumanRecord]
     """by name, in the order of the ladder"""
@@ -161,8 +163,9 @@ class Tier(BaseModel, abc.ABC):
         return Limits(deadline_s=t.deadline_s, setup_s=t.setup_s, stall_s=t.stall_s, memory_bytes=t.memory_mib << 20)
 
     def corpus_folder(self) -> Path:
-        beside = self.folder / self.table.data.corpus
-        return beside if beside.is_dir() else content_root() / "gpu_backend" / "corpora" / self.table.data.corpus
+        name = self.table.data.corpus
+        places = [folder / name for folder in (self.folder, *self.bases)]
+        return next((p for p in places if p.is_dir()), content_root() / "gpu_backend" / "corpora" / name)
 
     def flops_per_token(self) -> int:
         """Forward and backward at the full length."""
@@ -170,7 +173,7 @@ class Tier(BaseModel, abc.ABC):
 
     def _job_fields(self, seed: str, shards: tuple[str, ...]) -> dict[str, Any]:
         return {
-            "model": self.table.model.model_dump(),
+            "model": self.table.model.fields(),
             "corpus": str(self.corpus_folder()),
             "cache": str(cache_dir()),
             "seed": seed,
@@ -183,7 +186,7 @@ class Tier(BaseModel, abc.ABC):
     def trained(self) -> str:
         """Hash of all that a record's losses depend on."""
         content = {
-            "model": self.table.model.model_dump(), "data": self.table.data.model_dump(), **self._trained(),
+            "model": self.table.model.fields(), "data": self.table.data.model_dump(), **self._trained(),
         }  # fmt: skip
         return _digest(json.dumps(content, sort_keys=True) + self.manifest())
 
@@ -277,6 +280,7 @@ class StepsTier(Tier):
             points=tuple(sorted({max(1, round(p * plan.horizon)) for p in training.points})),
             point_tokens=training.point_tokens,
             **training.changes(),
+            **({"ranks": self.table.gpus, "exchange": "cuda"} if self.table.gpus else {}),
         )
 
     def limits(self) -> Limits:

@@ -61,7 +61,7 @@ class Job(Record):
     evaluated on the way, on tracks that do so."""
 
     track: ClassVar[Track]
-    model: dict[str, int]
+    model: dict[str, Any]
     corpus: str
     cache: str
     seed: str
@@ -102,6 +102,7 @@ class StepsJob(Job):
     micro_batch: int = 0
     """rows at a time and rank; 0: all"""
     numbers: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
     exchange: str = ""
     """device where the rule has its own copy of parameters and gradients; none: it works on the shared memory"""
 

@@ -84,7 +84,7 @@ def test_the_readme_and_the_example_show_the_same_program():
     assert [x for x in shown.splitlines() if x] == [x for x in example.splitlines() if x]
 
 
-@pytest.mark.parametrize("name", builtin_tiers())
+@pytest.mark.parametrize("name", [n for n in builtin_tiers() if load_tier(n, host=False).measured.records])
 def test_the_ladders_are_those_of_the_calibrations(name):
     assert ladder(load_tier(name)) in (ROOT / "docs" / "tiers.md").read_text(), (
         f"it should be:\n{ladder(load_tier(name))}"

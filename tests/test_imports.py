@@ -24,7 +24,7 @@ LAYERS = [
     "claims", "workspace", "judging", "judging.static", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "episode", "resume", "report", "spaces", "env", "agents", "plots", "measure", "calibrate", "calibrate_wallclock",
-    "trap", "testing", "attacks.cases", "attacks.naive", "attacks.suite", "attacks",
+    "published", "trap", "testing", "attacks.cases", "attacks.naive", "attacks.suite", "attacks",
     "display", "cli_options", "cli_data", "cli_host", "cli_records", "cli_tiers", "cli",
 ]  # fmt: skip
 

@@ -48,7 +48,7 @@ def test_a_copy_loads(folder):
     assert list(tier.records) == ["adamw", "adamw-cooldown", "adamw-groups", "muon", "normuon"]
     assert tier.files == ("optimizer.py",)
     assert tier.records["muon"].sources == {"optimizer.py": (folder / "records" / "muon" / "optimizer.py").read_text()}
-    assert load_calibration(folder, StepsCalibration) == tier.measured
+    assert load_calibration(folder / CALIBRATION, StepsCalibration) == tier.measured
     assert (tier.value_of("adamw"), tier.value_of("normuon")) == (START, ANCHOR)
     assert tier.loss_test().boundary == BOUNDARY
     assert tier.loss_test().target == tier.table.training.target

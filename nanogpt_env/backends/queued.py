@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.backends.threaded import ThreadedRun
 from nanogpt_env.errors import BackendError
-from nanogpt_env.gpus import Gpus
+from nanogpt_env.gpus import Gpus, check_idle, states
 from nanogpt_env.slots import Slots
 from nanogpt_env.types import Job, RunResult
 
@@ -35,7 +35,12 @@ class QueuedRun(ThreadedRun):
                 job = job.model_copy(update={"cores": (core,)})
             held = stack.enter_context(self._gpus.acquire(job.gpus, cancelled))
             job = job.model_copy(update={"gpu_ids": held})
-            return self._follow(lambda: self._start(job))
+            before = states(held) if held else []
+            result = self._follow(lambda: self._start(job))
+            if held:
+                check_idle(held)  # nobody came meanwhile
+                result.hardware["gpu_states"] = {"before": before, "after": states(held)}
+            return result
 
 
 class Queued:

@@ -79,7 +79,7 @@ def _judge_node(node: ast.AST, rules: Rules, file: str) -> Iterator[str]:
             yield f"a candidate may not call {node.func.id}"
     elif isinstance(node, ast.Attribute):
         dotted = _dotted(node)
-        if dotted in rules.denied_imports:  # what is below it has this node in it
+        if dotted in set(rules.denied_imports) - set(rules.files[file].imports):  # what is below it has this node in it
             yield f"a candidate may not use {dotted}"
     elif isinstance(node, ast.Constant):
         yield from _judge_constant(node.value, rules)
@@ -96,7 +96,8 @@ def _judge_node(node: ast.AST, rules: Rules, file: str) -> Iterator[str]:
 def _judge_import(name: str, rules: Rules, file: str) -> Iterator[str]:
     imports = rules.imports + rules.files[file].imports
     allowed = any(name == m or name.startswith(m + ".") for m in imports)
-    denied = any(name == m or name.startswith(m + ".") for m in rules.denied_imports)
+    own = set(rules.files[file].imports)
+    denied = any(name == m or name.startswith(m + ".") for m in rules.denied_imports if m not in own)
     if denied or not allowed:
         yield f"may not import {name}; allowed: {', '.join(imports)}"
 
