@@ -14,10 +14,12 @@ docs/candidate.md has the whole of it. Runs inside the sandbox; nothing here mea
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
 import socket
+import tarfile
 import tempfile
 import time
 from collections import deque
@@ -38,6 +40,7 @@ _control: socket.socket
 _memory: memoryview
 _slot_bytes = _slots = _checkpoint = 0
 _rank, _count = 0, 1
+_compiled, _compile_only = "", False
 _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 
@@ -47,6 +50,28 @@ def _connect(control: socket.socket, shared: Any, message: Mapping[str, Any]) ->
     _control, _memory = control, memoryview(shared)
     _slot_bytes, _slots, _checkpoint = message["slot_bytes"], message["slots"], message["checkpoint"]
     _configure(message)
+    if message["compiled"]:
+        _unpack_compiled(**message["compiled"])
+
+
+def _unpack_compiled(folder: str, bytes: int, only: bool) -> None:
+    """What torch.compile has made in an earlier process goes where it looks for it. `only`: it is this one's task."""
+    global _compiled, _compile_only
+    _compiled, _compile_only = os.path.join(tempfile.gettempdir(), folder), only
+    os.makedirs(_compiled, exist_ok=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_compiled, "inductor")
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(_compiled, "triton")
+    if bytes:
+        packed = io.BytesIO(_memory[_checkpoint : _checkpoint + bytes])
+        with tarfile.open(fileobj=packed) as tar:
+            tar.extractall(_compiled, filter="data")
+
+
+def _packed() -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        tar.add(_compiled, ".")
+    return packed.getvalue()
 
 
 def _configure(message: Mapping[str, Any]) -> None:
@@ -154,11 +179,14 @@ def declare(state: Mapping[str, Tensor]) -> None:
 
 
 def start() -> None:
-    """End the set-up: from here on batches hold training text, and the clock starts with the first one."""
+    """End the set-up: from here on batches hold training text, and the clock starts with the first one.
+
+    On tiers with `compile_s` the first process ends here. All begins anew in a second one, with a clock, which has
+    nothing of the first but what torch.compile has put into its cache."""
     if _rank:
         return
     _drain()
-    _call(host.START)
+    _call(host.START, _write(_packed()) if _compile_only else 0)
 
 
 def save(state: Mapping[str, Tensor]) -> None:
@@ -176,7 +204,7 @@ def save(state: Mapping[str, Tensor]) -> None:
 def _write(data: bytes) -> int:
     room = len(_memory) - _checkpoint
     if len(data) > room:
-        raise ValueError(f"{len(data)} bytes, but a checkpoint may have {room}")
+        raise ValueError(f"{len(data)} bytes to hand over, and room for {room}")
     _memory[_checkpoint : _checkpoint + len(data)] = data
     return len(data)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ import free
 import host
 from audit import AuditRules
 from candidate import Candidate, RunFailed
+from logs import BoundedLog
 from model import flops_per_token
 from process import Process
 from training import EVAL_SEQUENCES, Setting
 
 if TYPE_CHECKING:
-    from trainer import Result, WallclockJob
+    from trainer import Launch, Result, WallclockJob
 
 SLOTS = 4  # batches made ahead
 STREAMS = 64  # cursors over the training text, from which rows are taken in turn
@@ -30,10 +31,8 @@ STREAMS = 64  # cursors over the training text, from which rows are taken in tur
 class Timed(Setting):
     """One run of a `train.py`. Its tokens are counted and its seconds taken here."""
 
-    def __init__(
-        self, job: WallclockJob, result: Result, cancelled: Callable[[], bool], launch: Callable[[int], Process] | None
-    ) -> None:
-        """`launch` starts a fresh sandbox for a free model, with its output to a file descriptor."""
+    def __init__(self, job: WallclockJob, result: Result, cancelled: Callable[[], bool], launch: Launch | None) -> None:
+        """`launch` starts further processes of the candidate."""
         super().__init__(job, result, cancelled)
         self.job, self._launch = job, launch
         self._rules = AuditRules(**job.audit) if job.audit else None
@@ -52,21 +51,61 @@ class Timed(Setting):
     def train(self, process: Process, progress: Callable[[], None]) -> bytes:
         """Run the candidate to its checkpoint, and end it. Raises `RunFailed` or `CheckpointError`."""
         process.pin(self.job.cores)
+        if not self.job.compile_s:
+            return self._train(process, progress)
+        line = self._line(process, "compile")
+        cache = self._written(line, self._serve(line, progress, compiling=True))
+        process.kill()
+        self._declared = None
+        with self._another() as timed:
+            return self._train(timed, progress, cache)
+
+    @contextmanager
+    def _another(self) -> Iterator[Process]:
+        """A fresh process for the same training code."""
+        assert self._launch
+        log = BoundedLog()
+        try:
+            process = self._launch(log.write_fd, "train_host.py")
+        finally:
+            log.close_writer()
+        try:
+            process.wait_loaded()
+            yield process
+        finally:
+            process.kill()
+            process.close()
+            self.result.log += log.text()
+
+    def _line(self, process: Process, purpose: str, cache: bytes = b"") -> Candidate:
+        """To a process that has the job, and compiled code from an earlier one."""
         if self._rules:
             room = self._rules.checkpoint_bytes + checkpoint.MAX_HEADER_BYTES + 8
         else:
             room = checkpoint.max_bytes(self._layout)
-        line = Candidate(process, self.limits, self._checkpoint + room)
+        line = Candidate(process, self.limits, self._checkpoint + max(room, self.job.cache_bytes))
+        line.memory[self._checkpoint : self._checkpoint + len(cache)] = cache
+        compiled = {
+            # the same place in both processes: compiled code has paths in it
+            "folder": f"nanogpt_env-compiled-{self.job.stream_seed('cache'):x}",
+            "bytes": len(cache),
+            "only": purpose == "compile",
+        }
         line.set_up(
             {
                 **self._message(),
                 "model_rule": self.job.model_rule,
-                "seed": self.job.stream_seed("candidate"),
+                "seed": self.job.stream_seed(purpose),
                 "slots": SLOTS,
                 "slot_bytes": self._slot_bytes,
                 "checkpoint": self._checkpoint,
+                "compiled": compiled if self.job.compile_s else None,
             }
         )
+        return line
+
+    def _train(self, process: Process, progress: Callable[[], None], cache: bytes = b"") -> bytes:
+        line = self._line(process, "candidate", cache)
         self._cpu_before = line.cpu_seconds()
         saved = self._serve(line, progress)
         self.result.candidate_peak_bytes = process.peak_bytes()
@@ -92,13 +131,13 @@ class Timed(Setting):
             raise RunFailed("candidate_protocol", f"a checkpoint of {size} bytes in room for {room}")
         return bytes(line.memory[self._checkpoint : self._checkpoint + size])
 
-    def _serve(self, line: Candidate, progress: Callable[[], None]) -> int:
-        """Answer requests until the checkpoint is there: its size in bytes."""
+    def _serve(self, line: Candidate, progress: Callable[[], None], compiling: bool = False) -> int:
+        """Answer requests until the checkpoint is there, or the cache of compiled code: its size in bytes."""
         slot = 0
         while True:
             if self.cancelled():
                 raise RunFailed("cancelled", f"the run was cancelled after {self.result.tokens} tokens")
-            command, *arguments = line.receive(self._patience(line))
+            command, *arguments = line.receive(self._patience(line, compiling))
             if command == host.BATCH:
                 if self._ready and self._started_at is None:
                     self._check_setup(line)
@@ -112,6 +151,8 @@ class Timed(Setting):
                 line.send(host.DONE, slot)
                 slot = (slot + 1) % SLOTS
                 progress()
+            elif command == host.START and compiling:
+                return arguments[0]
             elif command == host.START and not self._ready:
                 self._ready = True
                 line.send(host.DONE)
@@ -120,17 +161,19 @@ class Timed(Setting):
                 text = self._written(line, min(arguments[0], checkpoint.MAX_HEADER_BYTES))
                 self._declared = checkpoint.declaration(text, self._rules.checkpoint_bytes)
                 line.send(host.DONE)
-            elif command == host.SAVE:
+            elif command == host.SAVE and not compiling:
                 return arguments[0]
             else:
                 raise RunFailed("candidate_protocol", f"unexpected request {command}")
 
-    def _patience(self, line: Candidate) -> float:
+    def _patience(self, line: Candidate, compiling: bool) -> float:
         if self._started_at is not None:
             return self.limits.stall_s
-        left = self.limits.setup_s - (time.monotonic() - line.started)
+        most = self.job.compile_s if compiling else self.limits.setup_s
+        left = most - (time.monotonic() - line.started)
         if left <= 0:
-            raise RunFailed("candidate_stalled", f"no training batch was asked for within {self.limits.setup_s:g} s")
+            what = "start() was not called" if compiling else "no training batch was asked for"
+            raise RunFailed("candidate_stalled", f"{what} within {most:g} s")
         return left
 
     def _check_setup(self, line: Candidate) -> None:
@@ -179,7 +222,8 @@ class Timed(Setting):
             raise checkpoint.CheckpointError("undeclared")
         checkpoint.check(content, self._declared.layout, self._declared.dtypes)
         assert self._launch
-        launch, shape = self._launch, free.Shape(EVAL_SEQUENCES, self.config.seq_len, self.config.vocab_size)
+        launch = self._launch
+        shape = free.Shape(EVAL_SEQUENCES, self.config.seq_len, self.config.vocab_size)
         limits = replace(self.limits, deadline_s=rules.evaluation_s)
         message = {**self._message(), "seed": self.job.stream_seed("evaluation")}
         size = (shape.rows, shape.length + 1)
@@ -187,7 +231,9 @@ class Timed(Setting):
         logs: list[str] = []
 
         def open_model() -> AbstractContextManager[free.Model]:
-            return free.in_sandbox(launch, logs.append, limits, shape, message, content, trial)
+            return free.in_sandbox(
+                lambda log_fd: launch(log_fd, "eval_host.py"), logs.append, limits, shape, message, content, trial
+            )
 
         # Decoys from the training text: no part of a shard is in them, so they cannot tell what follows a prefix.
         first_token = self.special_ids[0] if self.special_ids else None

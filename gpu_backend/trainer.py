@@ -108,6 +108,10 @@ class WallclockJob(Job):
     max_batch_tokens: int
     model_rule: str = "fixed"
     audit: dict[str, Any] | None = None
+    compile_s: float = 0.0
+    """seconds of a process before the timed one, which inherits its cache of compiled code and nothing else; 0: none"""
+    cache_bytes: int = 0
+    """of that cache, packed"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +119,8 @@ class WallclockJob(Job):
             raise ValueError("need 1 <= max_batch_tokens <= tokens")
         if self.model_rule not in ("fixed", "free"):
             raise ValueError(f"model_rule must be 'fixed' or 'free', not {self.model_rule!r}")
+        if self.compile_s < 0 or (self.compile_s > 0) != (self.cache_bytes > 0):
+            raise ValueError("compile_s and cache_bytes are both positive, or both 0")
         if (self.model_rule == "free") != (self.audit is not None):
             raise ValueError("an audit belongs to model_rule 'free', and only to it")
         for name in ("train.py", "model.py") if self.audit else ("train.py",):
@@ -191,20 +197,20 @@ Launch = Callable[[int, str], Process]
 
 
 def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Launch, ranks: Any = None) -> Result:
-    """Train and evaluate. Candidate faults and cancellation end in a `Result`, never an exception. A free model is
-    evaluated in further processes that `launch` starts."""
+    """Train and evaluate. Candidate faults and cancellation end in a `Result`, never an exception. Further processes
+    of the candidate are started by `launch`: of a free model's evaluation, or the timed one after one that compiled."""
     from candidate import RunFailed
     from checkpoint import CheckpointError
 
     started = time.monotonic()
     result = Result(sandbox=asdict(process.info), versions=_versions(), hardware=_hardware(job))
 
-    def evaluator(log_fd: int) -> Process:
-        started = cancel.now(launch(log_fd, "eval_host.py"))
+    def further(log_fd: int, host: str) -> Process:
+        started = cancel.now(launch(log_fd, host))
         started.pin(job.cores)
         return started
 
-    setting = _setting(job, result, cancel, evaluator, ranks)  # what it raises is the job's fault, no candidate's
+    setting = _setting(job, result, cancel, further, ranks)  # what it raises is the job's fault, no candidate's
     try:
         trained = setting.train(process, lambda: emit("progress", **_progress(job, result)))
         process.kill()  # before the final evaluation: nothing of the candidate is alive in it
@@ -234,14 +240,14 @@ def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Lau
     return result
 
 
-def _setting(job: Job, result: Result, cancel: Cancel, evaluator: Callable[[int], Process], ranks: Any) -> Any:
+def _setting(job: Job, result: Result, cancel: Cancel, launch: Launch, ranks: Any) -> Any:
     from timed import Timed
     from training import Training
 
     if isinstance(job, StepsJob):
         return Training(job, result, lambda: cancel.called, ranks)
     assert isinstance(job, WallclockJob)
-    return Timed(job, result, lambda: cancel.called, evaluator)
+    return Timed(job, result, lambda: cancel.called, launch)
 
 
 @contextlib.contextmanager

@@ -104,6 +104,16 @@ class StepsLimits(LimitsTable):
 class WallclockLimits(LimitsTable):
     setup_cpu_s: Positive
     """CPU seconds of the set-up, whatever else runs here"""
+    compile_s: Annotated[float, Field(ge=0)] = 0.0
+    """of a process before the timed one, which inherits what it compiled and nothing else; 0: none"""
+    cache_mib: Annotated[int, Field(ge=0)] = 0
+    """of what it may hand on"""
+
+    @model_validator(mode="after")
+    def _cache_if_compiled(self) -> Self:
+        if (self.compile_s > 0) != (self.cache_mib > 0):
+            raise ValueError("compile_s and cache_mib are both positive, or both left out")
+        return self
 
 
 class BudgetTable(Record):

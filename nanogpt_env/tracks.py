@@ -375,6 +375,8 @@ class WallclockTier(Tier):
             max_batch_tokens=training.max_batch_tokens,
             model_rule=training.model_rule,
             audit=self.table.audit,
+            compile_s=self.table.limits.compile_s,
+            cache_bytes=self.table.limits.cache_mib << 20,
         )
 
     def limits(self) -> Limits:

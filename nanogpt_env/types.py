@@ -146,6 +146,10 @@ class WallclockJob(Job):
     model_rule: Literal["fixed", "free"] = "fixed"
     audit: AuditRules | None = None
     """for free models"""
+    compile_s: float = 0.0
+    """longest life of a process before the timed one, which inherits what it compiled and nothing else; 0: none"""
+    cache_bytes: int = 0
+    """of what it may hand on"""
 
 
 class RunResult(Record):
