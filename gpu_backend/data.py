@@ -264,6 +264,13 @@ class Batches:
             self._copy(start_of(length), window)
         return windows
 
+    def position(self) -> list[int]:
+        """Where it is, for `seek`."""
+        return [*self._cursors, self._next, self._after]
+
+    def seek(self, position: Sequence[int]) -> None:
+        *self._cursors, self._next, self._after = position
+
     def _in_stream(self, length: int) -> int:
         start = self._cursors[self._next]
         self._cursors[self._next] = (start + length) % len(self._tokens)

@@ -24,7 +24,7 @@ LOADED = b"!"  # from a process started for one job, before it takes it
 # statuses, from either side
 DONE, ERROR, OUT_OF_MEMORY, END = 1, 2, 3, 4
 # the trainer asks an update rule
-STEP, READOUT, READY_WITH_READOUT = 10, 11, 12
+STEP, READOUT, READY_WITH_READOUT, STATE = 10, 11, 12, 13
 # training code asks the trainer
 BATCH, START, SAVE, DECLARE = 20, 21, 22, 23
 # the trainer asks a free model: log-probabilities of the next tokens, or logits over the vocabulary at one position

@@ -17,7 +17,7 @@ from pathlib import Path
 import cgroups
 
 # What a candidate's process consists of; nothing else of the trainer is in a sandbox.
-HOST_FILES = ("host.py", "rule_host.py", "train_host.py", "eval_host.py", "speedrun.py", "model.py")
+HOST_FILES = ("host.py", "rule_host.py", "rule_state.py", "train_host.py", "eval_host.py", "speedrun.py", "model.py")
 HERE = Path(__file__).resolve().parent
 INSIDE = "/trainer"
 SCRATCH_BYTES = 16 << 20

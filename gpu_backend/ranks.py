@@ -64,11 +64,10 @@ class Ranks:
             found = act()
         except RunFailed as error:
             failure = error
-        first = torch.tensor(self.size if failure is None else self.rank)
-        self._dist.all_reduce(first, self._dist.ReduceOp.MIN)
-        if int(first) < self.size:
+        first = self.least(self.size if failure is None else self.rank)
+        if first < self.size:
             told = [[failure.reason, str(failure)] if failure else None]
-            self._dist.broadcast_object_list(told, src=int(first))
+            self._dist.broadcast_object_list(told, src=first)
             assert told[0]
             raise RunFailed(*told[0])
         return found  # type: ignore[return-value]  # it is what act returned
@@ -86,6 +85,14 @@ class Ranks:
         total = torch.tensor(value, dtype=torch.float64)
         self._dist.all_reduce(total)
         return float(total)
+
+    def least(self, value: int) -> int:
+        """The least over the ranks."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value)
+        self._dist.all_reduce(found, self._dist.ReduceOp.MIN)
+        return int(found)
 
     def share_(self, parts: list[Tensor]) -> None:
         """Every rank gets all parts, from those whose `mine` they are."""

@@ -87,8 +87,10 @@ class IsolatedRule:
         limits: Limits,
         own: range | None = None,
         device: str = "",
+        state: bytes = b"",
+        state_room: int = 0,
     ) -> None:
-        """`seeds`: one a shard."""
+        """`seeds`: one a shard. `state`: from an earlier process's `state`, which has `state_room` bytes for it."""
         own = range(len(flat.shards)) if own is None else own
         self.flat, self.limits = flat, limits
         self.part = slice(flat.bounds[own[0]].start, flat.bounds[own[-1]].stop)
@@ -97,18 +99,20 @@ class IsolatedRule:
         self._window: deque[list[float]] = deque(maxlen=WINDOW)  # seconds of the rule, and ours, by step
         self._charged_step = 0
         section = -(-count * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.line = Candidate(process, limits, 3 * section)
+        self.line = Candidate(process, limits, 3 * section + state_room)
+        self._state, self._first = 3 * section, True
+        self.line.memory[self._state : self._state + len(state)] = state
         self._params, self._gradients, self._readout = (
             torch.frombuffer(self.line.memory, dtype=torch.float32, count=count, offset=i * section) for i in range(3)
         )
         if flat.params.is_cuda:
             host.page_lock(self.line.memory)
         self._params.copy_(flat.params[self.part])
-        sections = {"params": 0, "gradients": section, "readout": 2 * section}
+        sections = {"params": 0, "gradients": section, "readout": 2 * section, "state": self._state}
         shards = [[{**e, "offset": e["offset"] - self.part.start} for e in flat.shards[i]] for i in own]
         own_seeds = [seeds[i] for i in own]
         job = {"shards": shards, "seeds": own_seeds, "seed": own_seeds[0], "source": source, "horizon": horizon}
-        self.line.set_up({**sections, **job, "device": device})
+        self.line.set_up({**sections, **job, "device": device, "state_bytes": len(state)})
         status = self.line.receive(limits.setup_s)[0]
         if status not in (host.DONE, host.READY_WITH_READOUT):
             raise RunFailed("candidate_protocol", f"unexpected answer {status} to the set-up")
@@ -125,9 +129,10 @@ class IsolatedRule:
         self._gradients.copy_(self.flat.gradients[self.part])
         # the first step may allocate state and compile, within what is left of the set-up allowance
         set_up = self.line.started + self.limits.setup_s - time.monotonic()
-        self._ask(host.STEP, step, max(set_up, 0.0) if step == 0 else self.limits.stall_s)
+        first, self._first = self._first, False
+        self._ask(host.STEP, step, max(set_up, 0.0) if first else self.limits.stall_s)
         self.flat.params[self.part].copy_(self._params)
-        if step == 0:
+        if first:
             self._used = self._used_seconds()
             return
         self._window.append([0.0, 0.0])
@@ -144,6 +149,13 @@ class IsolatedRule:
         if self._window:
             self._charge(self._charged_step, 0.0)  # with the step before it
         return copied
+
+    def state(self) -> bytes:
+        """What a new process needs to go on, from the candidate: to be kept unread. Empty if it cannot say."""
+        size = self._ask(host.STATE, 0, self.limits.stall_s)
+        if size > len(self.line.memory) - self._state:
+            raise RunFailed("candidate_protocol", f"a state of {size} bytes, for which there is no room")
+        return bytes(self.line.memory[self._state : self._state + size])
 
     def _charge(self, step: int, forward_backward_s: float) -> None:
         """Add the rule's time since the last charge to the last step; refuse a window that is over the cap."""
@@ -164,8 +176,9 @@ class IsolatedRule:
                 f"{1e3 * ours / n:.1f} ms a step); the tier allows {self.limits.rule_time:g} times",
             )
 
-    def _ask(self, command: int, step: int, timeout: float) -> None:
+    def _ask(self, command: int, step: int, timeout: float) -> int:
         self.line.send(command, step)
-        status = self.line.receive(timeout)[0]
+        status, argument, *_ = self.line.receive(timeout)
         if status != host.DONE:
             raise RunFailed("candidate_protocol", f"unexpected answer {status}")
+        return argument

@@ -43,6 +43,9 @@ def serve(control: socket.socket) -> None:
 def _answer(control: socket.socket, rule: _Rule) -> None:
     while frame := host.receive(control):
         command, step, *_ = frame
+        if command == host.STATE:
+            host.send(control, host.DONE, rule.write_state())
+            continue
         try:
             rule.step(step) if command == host.STEP else rule.write_readout()
         except BaseException as error:
@@ -65,14 +68,41 @@ class _Rule:
         sys.modules["optimizer"] = module  # dataclasses look their module up
         linecache.cache["optimizer.py"] = (len(source), None, source.splitlines(True), "optimizer.py")
         exec(compile(source, "optimizer.py", "exec"), module.__dict__)
-        self.torch, self.generators = torch, []
-        self.shards = []
+        self.torch, self.module, self.message, self.shared = torch, module, message, shared
+        self.generators: list[Any] = []
+        self.shards: list[_Shard] = []
+        if message["state_bytes"]:  # go on with these, whatever `init` makes of them
+            params = shared[message["params"] : message["gradients"]]
         for entries, seed in zip(message["shards"], message["seeds"], strict=True):
             if len(message["shards"]) > 1:
                 torch.manual_seed(seed)
             self.shards.append(_Shard(module, message, entries, shared))
             self.generators.append(torch.get_rng_state())
         self.readout = self.shards[0].readout
+        if message["state_bytes"]:
+            import rule_state
+
+            shared[message["params"] : message["gradients"]] = params
+            for shard in self.shards:
+                shard.fetch()
+            state = shared[message["state"] : message["state"] + message["state_bytes"]]
+            self.generators = rule_state.restore(state, module, self.shards)
+
+    def write_state(self) -> int:
+        """Its bytes; 0 if it cannot be kept, or is too large."""
+        import rule_state
+
+        try:
+            state = rule_state.dump(self.module, self.shards, self.generators, self.message["device"])
+        except Exception as error:
+            print(f"this rule's state cannot be kept, so a run that is killed begins anew: {error!r}", file=sys.stderr)
+            return 0
+        room = len(self.shared) - self.message["state"]
+        if len(state) > room:
+            print(f"this rule's state has {len(state)} bytes, too many to be kept ({room})", file=sys.stderr)
+            return 0
+        self.shared[self.message["state"] : self.message["state"] + len(state)] = state
+        return len(state)
 
     def step(self, step: int) -> None:
         for i, shard in enumerate(self.shards):
@@ -147,6 +177,13 @@ class _Shard:
         for name, parameter in self.params.items():
             if parameter.data_ptr() != self.stored[name].data_ptr():
                 self.stored[name].copy_(parameter.detach())
+
+    def fetch(self) -> None:
+        """The parameters as the trainer has them."""
+        with self.torch.no_grad():
+            for name, parameter in self.params.items():
+                if parameter.data_ptr() != self.stored[name].data_ptr():
+                    parameter.copy_(self.stored[name])
 
     def write_readout(self) -> None:
         assert self.readout is not None

@@ -83,6 +83,8 @@ class StepsJob(Job):
     """or bf16, by autocast"""
     compile: bool = False
     """the model, by torch.compile"""
+    save_every: int = 0
+    """steps after which the run is saved, to go on if it is killed; 0: never"""
     exchange: str = ""
     """device where the rule has its own copy of what is exchanged; none: it works on the shared memory"""
 
@@ -90,6 +92,8 @@ class StepsJob(Job):
         super().__post_init__()
         if self.ranks < 1 or self.batch_size % self.ranks or self.shards % self.ranks:
             raise ValueError(f"{self.ranks} ranks cannot share {self.batch_size} rows and {self.shards} shards evenly")
+        if self.save_every < 0:
+            raise ValueError("save_every must not be negative")
         if len(self.gpu_ids) not in (0, self.ranks):
             raise ValueError(f"{self.ranks} ranks cannot have {len(self.gpu_ids)} GPUs: one each, or none")
         if self.numbers not in ("fp32", "bf16") or self.micro_batch < 0:
@@ -236,7 +240,7 @@ def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Lau
     if job.gpu_ids:
         result.hardware["trainer_gpu_peak_bytes"] = setting.gpu_peak_bytes()
     result.trainer_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    result.device_seconds = (time.monotonic() - started) * max(1, len(job.gpu_ids))
+    result.device_seconds += (time.monotonic() - started) * max(1, len(job.gpu_ids))
     return result
 
 

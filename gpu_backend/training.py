@@ -5,26 +5,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from ranks import Ranks
 from torch import Tensor
 
 import data
 from candidate import Limits, RunFailed
 from model import GPT, ModelConfig, flops_per_token
 from process import Process
+from ranks import Ranks
 from rule import Flat, IsolatedRule, Rule
+from saved import Saved, State
 
 if TYPE_CHECKING:
     from trainer import Job, Result, StepsJob
 
 PROGRESS_EVERY_S = 0.25
 EVAL_SEQUENCES = 32
+STATE_ROOM = 4
+"""of a rule's state, as a multiple of its parameters; and a megabyte"""
+_SAVED = ("train_losses", "val_points", "steps", "tokens", "flops", "train_seconds")
 
 
 class Setting:
@@ -99,12 +104,20 @@ class Training(Setting):
         if job.compile:
             self.forward = torch.compile(self.model)
         self.flat = Flat(self.model, job.shards)
+        self.saved = Saved(job, self.ranks) if job.save_every else None
 
     def train(self, process: Process, progress: Callable[[], None]) -> Tensor:
         """Train with the candidate's rule; return the flat parameters to evaluate. Raises `RunFailed`."""
         job = self.job
         seeds = [job.stream_seed("rule" if i == 0 else f"rule/{i}") for i in range(job.shards)]
-        about = (job.source, job.horizon, seeds, self.limits, self.own, job.exchange)
+        limits, state, room = self.limits, b"", 0
+        if self.saved:
+            room = STATE_ROOM * 4 * len(self.flat.params) + (1 << 20)
+            if found := self.saved.load():
+                state = found.rule
+                self._restore(found)
+                limits = replace(limits, deadline_s=limits.deadline_s - found.loop["seconds"])
+        about = (job.source, job.horizon, seeds, limits, self.own, job.exchange, state, room)
         rule = self.ranks.together(lambda: IsolatedRule(process, self.flat, *about))
         self.ranks.share_(self.flat.parts(self.flat.params))
         # a rule says whether it has a readout when it has seen its own shards: what one rank waits for, all must do
@@ -114,13 +127,35 @@ class Training(Setting):
         finally:
             self.result.rule_time_ratio = rule.total_rule_s / max(rule.total_forward_backward_s, 1e-9)
             self.result.candidate_peak_bytes = process.peak_bytes()
+            if self.saved:
+                self.saved.remove()
+
+    def _restore(self, found: State) -> None:
+        """Go on from there."""
+        loop = found.loop
+        for name in _SAVED:
+            setattr(self.result, name, loop[name])
+        self.flat.params.copy_(found.params)
+        self.batches.seek(loop["batches"])
+        self.started -= loop["seconds"]
+        self.result.device_seconds = loop["seconds"] * max(1, len(self.job.gpu_ids))
+        self.result.hardware["resumed_at_step"] = loop["steps"]
+
+    def _save(self, rule: Rule) -> None:
+        assert self.saved
+        assert isinstance(rule, IsolatedRule)
+        state = self.ranks.together(rule.state)
+        if self.ranks.least(len(state)):  # all can
+            loop = {name: getattr(self.result, name) for name in _SAVED}
+            loop |= {"batches": self.batches.position(), "seconds": time.monotonic() - self.started}
+            self.saved.save(self.result.steps, State(self.flat.params, state, loop))
 
     def train_with(self, rule: Rule, progress: Callable[[], None]) -> Tensor:
         """Run all steps; return the flat parameters to evaluate. Raises `RunFailed`."""
         job, result = self.job, self.result
         points, told = set(job.points), time.monotonic()
-        began = time.monotonic()
-        for step in range(job.steps):
+        began = time.monotonic() - result.train_seconds
+        for step in range(result.steps, job.steps):
             loss, seconds = self.ranks.together(partial(self._forward_backward, step))
             loss = self.ranks.sum(loss) / self.ranks.size
             if not math.isfinite(loss):
@@ -135,10 +170,12 @@ class Training(Setting):
             if result.steps in points and result.steps < job.steps:
                 # readout is asked for at the same steps in runs and reruns: nothing tells them apart
                 self._evaluate_point(self._readout(rule))
+            result.train_seconds = time.monotonic() - began
+            if self.saved and result.steps % job.save_every == 0 and result.steps < job.steps:
+                self._save(rule)
             if time.monotonic() - told > PROGRESS_EVERY_S:
                 told = time.monotonic()
                 progress()
-        result.train_seconds = time.monotonic() - began
         return self._readout(rule).clone()
 
     def _readout(self, rule: Rule) -> Tensor:

@@ -6,6 +6,7 @@
     │   └── JudgeError the static judge refuses the program
     ├── BudgetError    a meter cannot pay for it; becomes an observation too
     ├── BackendError   our side failed (no torch, trainer died, disk full); never charged to the agent
+    │   └── TrainerKilled  its process was killed from outside: a run that is saved now and then can go on
     └── LedgerError    a ledger cannot be read or written
 
 A candidate's own failure is no exception: it is a `RunResult` with an exit reason.
@@ -35,6 +36,10 @@ class BudgetError(NanoGPTError):
 
 
 class BackendError(NanoGPTError):
+    pass
+
+
+class TrainerKilled(BackendError):
     pass
 
 

@@ -72,6 +72,8 @@ class StepsTraining(Training):
     """rows at a time on a device; 0: all"""
     compile: bool = False
     """the model, by torch.compile"""
+    save_every: Annotated[int, Field(ge=0)] = 0
+    """steps after which a run is saved, to go on if it is killed, at the same result; 0: never"""
 
     def changes(self) -> dict[str, Any]:
         """What differs from the defaults of how a batch is computed: losses do too, if only in the last digits."""

@@ -280,6 +280,7 @@ class StepsTier(Tier):
             points=tuple(sorted({max(1, round(p * plan.horizon)) for p in training.points})),
             point_tokens=training.point_tokens,
             **training.changes(),
+            save_every=training.save_every,
             **({"ranks": self.table.gpus, "exchange": "cuda"} if self.table.gpus else {}),
         )
 

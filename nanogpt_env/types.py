@@ -103,6 +103,8 @@ class StepsJob(Job):
     """rows at a time and rank; 0: all"""
     numbers: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    save_every: int = 0
+    """steps after which the run is saved, to go on if it is killed; 0: never"""
     exchange: str = ""
     """device where the rule has its own copy of parameters and gradients; none: it works on the shared memory"""
 

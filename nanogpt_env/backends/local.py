@@ -14,7 +14,7 @@ from typing import Any
 
 from nanogpt_env.backends.trainers import CLOSE_TIMEOUT_S, ForkServer, Trainer, launch
 from nanogpt_env.content import content_root
-from nanogpt_env.errors import BackendError
+from nanogpt_env.errors import BackendError, TrainerKilled
 from nanogpt_env.types import Job, Progress, RunResult, StepsJob
 
 SANDBOXES = ("auto", "docker", "bubblewrap", "landlock", "plain")
@@ -48,7 +48,7 @@ class LocalRun:
         if not self._ended.wait(timeout):
             raise TimeoutError(f"the run did not end within {timeout} s")
         if self._result is None:
-            raise BackendError(self._failure())
+            raise (TrainerKilled if self._exit_code < 0 and not self._error else BackendError)(self._failure())
         return self._result
 
     def cancel(self) -> None:

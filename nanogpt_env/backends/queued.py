@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 
 from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.backends.threaded import ThreadedRun
-from nanogpt_env.errors import BackendError
+from nanogpt_env.errors import BackendError, TrainerKilled
 from nanogpt_env.gpus import Gpus, check_idle, states
 from nanogpt_env.slots import Slots
-from nanogpt_env.types import Job, RunResult
+from nanogpt_env.types import Job, RunResult, StepsJob
 
 POLL_S = 0.2
+RESUMPTIONS = 3
+"""of a run whose trainer was killed, if its tier has it saved"""
 
 
 class QueuedRun(ThreadedRun):
@@ -36,11 +38,21 @@ class QueuedRun(ThreadedRun):
             held = stack.enter_context(self._gpus.acquire(job.gpus, cancelled))
             job = job.model_copy(update={"gpu_ids": held})
             before = states(held) if held else []
-            result = self._follow(lambda: self._start(job))
+            result = self._followed(job)
             if held:
                 check_idle(held)  # nobody came meanwhile
                 result.hardware["gpu_states"] = {"before": before, "after": states(held)}
             return result
+
+    def _followed(self, job: Job) -> RunResult:
+        left = RESUMPTIONS if isinstance(job, StepsJob) and job.save_every else 0
+        while True:
+            try:
+                return self._follow(lambda: self._start(job))
+            except TrainerKilled:
+                if not left:
+                    raise
+                left -= 1
 
 
 class Queued:
