@@ -43,7 +43,9 @@ from nanogpt_env.types import RunResult
 
 def test_every_built_in_tier_has_an_id():
     ids = {name for name in gymnasium.registry if name.startswith("NanoGPT/")}
-    tiers = {f"NanoGPT/{name}-v0" for name in ("NanoSteps", "MicroSteps", "NanoWallclock", "MicroWallclock")}
+    titles = ("NanoSteps", "MicroSteps", "NanoWallclock", "MicroWallclock")
+    titles += ("SmallSteps", "SmallWallclock", "MediumWallclock", "NanogptBench")
+    tiers = {f"NanoGPT/{name}-v0" for name in titles}
     assert ids == {"NanoGPT/Speedrun-v0"} | tiers
     assert all(gymnasium.spec(name).nondeterministic for name in ids)
     assert len(ids) == 1 + len(builtin_tiers())

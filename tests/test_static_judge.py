@@ -93,6 +93,7 @@ def test_what_is_near_a_rule_but_fine(line):
         ("from . import x", "may not import ..x"),
         ("from .. import torch", "may not import"),
         ("import torch.distributed as d", "torch.distributed"),
+        ("x = torch.distributed.init_process_group()", "torch.distributed"),
         ("from torch.utils import cpp_extension", "cpp_extension"),
         ("x = torch.hub.load.y", "torch.hub"),
         ("if True:\n    breakpoint()", "breakpoint"),
@@ -178,6 +179,7 @@ TRAINING_IMPORTS = ["copy", "numpy", "queue", "random", "speedrun", "threading",
 @pytest.mark.parametrize("module", TRAINING_IMPORTS)
 def test_each_kind_of_file_has_rules_of_its_own(module):
     line = f"import {module}\n"
+    assert judge_source("import torch.distributed as d\ntorch.distributed.barrier()", "train.py") == []
     assert judge_source(line, "train.py") == []  # and it need not define anything
     (reason,) = judge_rule(line + RULE)
     assert reason.startswith(f"line 1: may not import {module};")

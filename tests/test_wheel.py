@@ -106,7 +106,7 @@ from nanogpt_env.tiers import builtin_tiers, load_tier
 print(nanogpt_env.__file__, content_root(), *builtin_tiers())
 for name in builtin_tiers():
     tier = load_tier(name, calibrated=False)
-    assert (tier.corpus_folder() / "train.bin.xz").is_file()
+    assert (tier.corpus_folder() / "manifest.json").is_file()
     for record in tier.records.values():
         assert not any(judge_source(text, name) for name, text in record.sources.items())
 """

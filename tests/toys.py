@@ -26,6 +26,7 @@ point_tokens = 4097
 micro_batch = 4
 numbers = "{numbers}"
 compile = {compile}
+save_every = {save_every}
 
 [limits]
 memory_mib = 1024
@@ -42,13 +43,21 @@ checkpoint_bytes = 4194304
 
 [limits]
 memory_mib = 1024
+cache_mib = 16
 """
 
 
 def toy(folder, base, monkeypatch, **changes):
     """The tier in small, loaded from `folder`, which is made."""
     steps = base.endswith("steps")
-    values = {"target": 5.5, "seq_len": 128, "tokens": 2048 * 40, "numbers": "bf16", "compile": "false"} | changes
+    values = {
+        "target": 5.5,
+        "seq_len": 128,
+        "tokens": 2048 * 40,
+        "numbers": "bf16",
+        "compile": "false",
+        "save_every": 0,
+    } | changes
     folder.mkdir()
     head = f'extends = "{base}"\nname = "toy-{base}"\ngpus = 0\n'
     (folder / "env.toml").write_text((head + COMMON + (STEPS if steps else WALLCLOCK)).format(**values))
