@@ -44,7 +44,7 @@ def shard() -> data.Tokens:
 def client(fd: int, memory_fd: int, slot_bytes: int, shape: tuple[int, int], count: int, answer: Connection) -> None:
     torch.set_num_threads(1)
     shared = mmap.mmap(memory_fd, SLOTS * slot_bytes)
-    message = {"slot_bytes": slot_bytes, "slots": SLOTS, "checkpoint": 0, "config": {}, "model": {
+    message = {"slot_bytes": slot_bytes, "slots": SLOTS, "checkpoint": 0, "compiled": None, "config": {}, "model": {
         "layers": 1, "width": 2, "heads": 1, "vocab_size": 2, "seq_len": 1}}  # fmt: skip
     speedrun._connect(socket.socket(fileno=fd), shared, message)
     began = time.perf_counter()

@@ -1,8 +1,14 @@
 """The GPU tiers: what they are, and their programs and settings in small on the CPU. No GPU is used here."""
 
 import contextlib
+import json
 import math
+import os
+import re
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +17,18 @@ from toys import toy
 
 from nanogpt_env import Run, Speedrun, Submit
 from nanogpt_env.backends.local import LocalBackend
+from nanogpt_env.content import cache_dir
 from nanogpt_env.errors import TierError
 from nanogpt_env.human import load_table
+from nanogpt_env.judging.static import judge_source
 from nanogpt_env.published import calibrate
 from nanogpt_env.tiers import builtin_tiers, load_tier
 from nanogpt_env.tracks import flops_per_token
 
+import data
 import model
 
+ROOT = Path(__file__).parents[1]
 GPU_TIERS = ["medium-wallclock", "nanogpt-bench", "small-steps", "small-wallclock"]
 
 
@@ -276,3 +286,60 @@ def test_nanogpt_bench_is_judged_by_ten_fixed_runs():
     assert tier.records.keys() == load_tier("small-wallclock").records.keys()
     with pytest.raises(TierError, match="29 is no better than record 62"):
         tier.span("#62", "#29")
+
+
+# --- a public record's script, adapted ---
+
+SCRIPT = ROOT / "examples" / "public_record" / "train_gpt.py"
+
+
+def test_the_script_before_and_after(cold, tmp_path, monkeypatch):
+    """Both train the same model as well, on other orders of the same text: the one as torchrun starts it, the other as
+    a run of its tier."""
+    shards = data.unpack(ROOT / "gpu_backend" / "corpora" / "shakespeare", cache_dir(), {"train", "val_hidden"})
+    sizes = [16 * 128 * 20, 16, 128, 40, 0.6, 1024, 2, 64, 2]
+    arguments = [shards["train"], shards["val_hidden"], *sizes]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *arguments]
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    before = re.search(r"step:40/40 val_loss:(\S+) train_time:\d+ms", done.stdout)
+    assert before, done.stdout + done.stderr
+    folder = toy(tmp_path / "toy", SCRIPT.parent / "tier", monkeypatch, tokens=2048 * 40)
+    after = run(cold, folder)
+    assert after.completed, (after.detail, after.log)
+    assert after.val_losses["val_hidden"] == pytest.approx(float(before[1]), abs=0.1)
+    assert not any(judge_source(text, name) for name, text in folder.record("start").sources.items())
+
+
+# --- benchmarks ---
+
+
+@pytest.mark.parametrize(("script", "base", "options"), [
+    ("steps.py", "small-steps", ["--steps", "8", "--repeats", "2"]),
+    ("wallclock.py", "small-wallclock", ["--steps", "4", "--repeats", "1"]),
+])  # fmt: skip
+def test_the_benchmarks_run_in_small(tmp_path, monkeypatch, script, base, options):
+    tier = toy(tmp_path / "toy", base, monkeypatch)
+    output = tmp_path / "result.json"
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "gpu" / script,
+        "--tier",
+        tier.folder,
+        "--output",
+        output,
+        *options,
+    ]
+    done = subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert min(found["tokens_per_second"].values()) > 0
+    assert found["command"].startswith(f"python benchmarks/gpu/{script} --tier")
+    if script == "steps.py":
+        losses = found["last_losses"]
+        assert losses["plain"] == pytest.approx(losses["isolated"], abs=0.3)
+        assert losses["in_process"] == pytest.approx(losses["isolated"], abs=0.3)
+    else:
+        assert found["max_abs_d"] < 1e-4

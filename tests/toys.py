@@ -1,5 +1,7 @@
 """GPU tiers in small: their programs and settings on the CPU, with another model and corpus, calibrated as they are."""
 
+from pathlib import Path
+
 from nanogpt_env import measure, published
 from nanogpt_env.tiers import CALIBRATION, load_tier, write_calibration
 
@@ -49,7 +51,7 @@ cache_mib = 16
 
 def toy(folder, base, monkeypatch, **changes):
     """The tier in small, loaded from `folder`, which is made."""
-    steps = base.endswith("steps")
+    steps = str(base).endswith("steps")
     values = {
         "target": 5.5,
         "seq_len": 128,
@@ -59,7 +61,7 @@ def toy(folder, base, monkeypatch, **changes):
         "save_every": 0,
     } | changes
     folder.mkdir()
-    head = f'extends = "{base}"\nname = "toy-{base}"\ngpus = 0\n'
+    head = f'extends = "{base}"\nname = "toy-{Path(base).name}"\ngpus = 0\n'
     (folder / "env.toml").write_text((head + COMMON + (STEPS if steps else WALLCLOCK)).format(**values))
     monkeypatch.setattr(measure, "BOUNDARY_PATHS", 200_000)
     write_calibration(folder / CALIBRATION, published.calibrate(load_tier(folder, calibrated=False)))
