@@ -11,6 +11,8 @@ from pathlib import Path
 import docker
 import pytest
 from rules import SGD, rule_job, train
+from test_timed import job_of
+from toys import toy
 
 from nanogpt_env import Speedrun, Submit, WriteFile
 from nanogpt_env.backends.local import LocalBackend
@@ -20,6 +22,10 @@ from nanogpt_env.tiers import load_tier
 
 import container
 import owner
+import trainer
+from logs import BoundedLog
+
+TINY = Path(__file__).parent / "tiny-wallclock"
 
 pytestmark = pytest.mark.usefixtures("docker_engine")
 
@@ -163,3 +169,79 @@ def test_without_an_image_the_way_to_one_is_said(client, docker_engine):
     finally:
         container.build("host")
     assert Path(docker_engine.removeprefix("unix://")).exists()
+
+
+# --- as with GPUs, which are not here: everything but the devices ---
+
+PROCESSES = """
+import ctypes, errno, os, socket, subprocess, sys
+print("exec", subprocess.run([sys.executable, "-c", "print(6 * 7)"], capture_output=True, text=True).stdout.strip())
+listener = socket.create_server(("127.0.0.1", 0))
+print("loopback", socket.create_connection(listener.getsockname()).getpeername()[0])
+def refused(name, act):
+    try:
+        found = act()
+    except OSError as error:
+        found = errno.errorcode.get(error.errno, str(error))
+    print(name, found)
+refused("outside", lambda: socket.create_connection(("192.0.2.1", 80), 2))
+refused("raw", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+libc = ctypes.CDLL(None, use_errno=True)
+for name, flag in (("user", 0x10000000), ("pid", 0x20000000), ("net", 0x40000000)):
+    libc.unshare(flag)
+    print(name, errno.errorcode[ctypes.get_errno()])
+    pid = libc.syscall(56, flag | 17, 0, 0, 0, 0)
+    print("clone", name, errno.errorcode[ctypes.get_errno()] if pid < 0 else "made")
+open("/tmp/x.so", "w").close()
+print("files", __import__("resource").getrlimit(7)[0] > 1000)
+if os.fork() == 0:
+    os.setsid()
+    __import__("time").sleep(600)
+raise SystemExit
+"""
+
+
+@pytest.fixture
+def as_with_gpus(monkeypatch, docker_engine):
+    """Launch a host script as for a run with a GPU, but without asking the engine for one."""
+    settings = container.settings
+    monkeypatch.setattr(container, "settings", lambda *args: settings(*args) | {"device_requests": []})
+
+    def launch(log_fd, host):
+        return container.launch([], log_fd, host, "", ("0",))
+
+    return launch
+
+
+def timed_run(launch, job):
+    log = BoundedLog()
+    process = launch(log.write_fd, "train_host.py")
+    log.close_writer()
+    try:
+        process.wait_loaded()
+        cancel = trainer.Cancel(process)
+        return trainer.run(trainer.WallclockJob(**job.model_dump()), process, log, cancel, launch)
+    finally:
+        process.kill()
+        process.close()
+
+
+def test_with_gpus_a_candidate_has_processes_and_nothing_more_to_reach(as_with_gpus, client):
+    result = timed_run(as_with_gpus, job_of(load_tier(TINY), PROCESSES))
+    assert result.exit_reason == "candidate_error"
+    told = dict(line.rsplit(" ", 1) for line in result.log.splitlines() if line.count(" ") in (1, 2))
+    assert told["exec"] == "42" and told["loopback"] == "127.0.0.1" and told["files"] == "True"
+    assert told["outside"] in ("ENETUNREACH", "EPERM")
+    assert {told[name] for name in ("raw", "user", "pid", "net", "clone user", "clone pid", "clone net")} == {"EPERM"}
+    assert client.containers.list(all=True) == []  # with what it started
+
+
+def test_two_ranks_in_one_container_give_what_one_gives(as_with_gpus, tmp_path, monkeypatch):
+    tier = toy(tmp_path / "toy", "small-wallclock", monkeypatch, tokens=2048 * 6)
+    sources, losses = tier.record("modern").sources, []
+    for count in (1, 2):
+        text = sources["train.py"].replace("max(1, torch.cuda.device_count())", str(count))
+        result = timed_run(as_with_gpus, tier.job({**sources, "train.py": text}, None, "1", ("val_hidden",)))
+        assert result.exit_reason == "completed", result.detail + result.log
+        losses.append(result.val_losses["val_hidden"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -162,3 +162,15 @@ trap = Trap()
     result = cold.start(job).result(120)
     assert result.completed
     assert result.log.count("opened by") == 1  # in the sandbox's output, not in ours
+
+
+@pytest.mark.parametrize("size", [1 << 31, 60 << 20])
+def test_what_a_rule_says_of_its_state_is_not_believed(cold, tier, size):
+    source = f"""
+import host
+send = host.send
+host.send = lambda control, command, *arguments: send(control, command, {size})
+{SGD}"""
+    result = cold.start(job_of(tier, source)).result(120)
+    assert result.exit_reason == "candidate_protocol"
+    assert "for which there is no room" in result.detail
