@@ -143,9 +143,9 @@ def _shared(windows: Iterator[Tensor | None]) -> Iterator[Tensor]:
 
 def ranks(count: int) -> int:
     """Go on in `count` processes, and make a process group of them: nccl for tensors on GPUs, gloo for others. This
-    one's rank. Call it once, before anything else touches a GPU; the process's first is made its own.
+    one's rank, whose GPU is made the current one. Call it once, before anything else touches a GPU.
 
-    Where a tier gives no GPUs, no processes can be started."""
+    On tiers without GPUs no processes can be started."""
     global _rank, _count
     if count < 1:
         raise ValueError(f"at least one rank, not {count}")

@@ -116,7 +116,7 @@ class Training(Setting):
             if found := self.saved.load():
                 state = found.rule
                 self._restore(found)
-                limits = replace(limits, deadline_s=limits.deadline_s - found.loop["seconds"])
+                limits = replace(limits, deadline_s=max(1.0, limits.deadline_s - found.loop["seconds"]))
         about = (job.source, job.horizon, seeds, limits, self.own, job.exchange, state, room)
         rule = self.ranks.together(lambda: IsolatedRule(process, self.flat, *about))
         self.ranks.share_(self.flat.parts(self.flat.params))
