@@ -4,11 +4,8 @@ or broken input, 3 our side failed, 130 interrupted."""
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -17,16 +14,17 @@ import typer
 from rich.table import Table
 
 from nanogpt_env import display
+from nanogpt_env.cli_agents import add_agent_commands
 from nanogpt_env.cli_data import data_app
 from nanogpt_env.cli_host import add_host_commands
-from nanogpt_env.cli_options import DirArgument, JsonOption, SandboxOption, TierOption
+from nanogpt_env.cli_options import DirArgument, JsonOption, SandboxOption, TierOption, environment
 from nanogpt_env.cli_records import records_app
 from nanogpt_env.cli_tiers import tiers_app
 from nanogpt_env.display import console, errors, print_json, say
 from nanogpt_env.env import Speedrun, StepResult
 from nanogpt_env.errors import ActionError, BackendError, JudgeError, NanoGPTError
 from nanogpt_env.tiers import load_tier
-from nanogpt_env.tracks import StepsTier, Tier
+from nanogpt_env.tracks import StepsTier
 
 REJECTED, MISUSE, OURS, INTERRUPTED = 1, 2, 3, 130
 SCOUT_RUNS = 5
@@ -57,6 +55,7 @@ app.add_typer(tiers_app, name="tiers")
 app.add_typer(records_app, name="records")
 app.add_typer(data_app, name="data")
 add_host_commands(app)
+add_agent_commands(app)
 
 
 def main() -> NoReturn:
@@ -91,18 +90,6 @@ def _fail(error: object, code: int) -> int:
         print_json({"error": str(error), "exit_code": code} | ({"accepted": False} if code == REJECTED else {}))
     errors.print(f"nanogpt-env: {error}", markup=False, soft_wrap=True)
     return code
-
-
-@contextmanager
-def _environment(
-    tier: str, sandbox: str, state_dir: Path | None = None
-) -> Iterator[tuple[Speedrun, display.RunProgress]]:
-    env = Speedrun(tier, sandbox=sandbox, state_dir=state_dir)
-    try:
-        with display.watch(env) as progress:
-            yield env, progress
-    finally:
-        env.close()
 
 
 def _load(env: Speedrun, folder: Path) -> None:
@@ -176,7 +163,7 @@ def run(
     as_json: JsonOption = False,
 ) -> int:
     """Train a candidate once, with validation on the public shard."""
-    with _environment(tier, sandbox) as (env, _):
+    with environment(tier, sandbox) as (env, _):
         _load(env, folder)
         observation, _, _, _, info = _step(env, {"type": "run", "horizon": horizon, "steps": steps, "seed": seed})
     if as_json:
@@ -202,7 +189,7 @@ def submit(
     Exit code 0: accepted, 1: rejected. Each call is an episode of its own: the error level holds for a call, not over
     repeated ones.
     """
-    with _environment(tier, sandbox) as (env, progress):
+    with environment(tier, sandbox) as (env, progress):
         _load(env, folder)
         if isinstance(env.tier, StepsTier):
             horizon = horizon or claim or env.tier.record(env.tier.table.reward.start).horizon
@@ -235,91 +222,6 @@ def _scout(env: Speedrun, horizon: int, progress: display.RunProgress) -> None:
         if advice.hopeless:
             break
     raise JudgeError(f"no claim can be made: {advice.text}")
-
-
-@app.command()
-def play(
-    tier: TierOption = "nano-steps",
-    agent: Annotated[str, typer.Option(help="Which agent: ladder.")] = "ladder",
-    output: Annotated[Path | None, typer.Option(help="Folder for ledger, summary and picture.")] = None,
-    sandbox: SandboxOption = "auto",
-    as_json: JsonOption = False,
-) -> int:
-    """Let an agent play one episode: edits, training runs, submissions, verified rewards."""
-    from nanogpt_env.agents import AGENTS
-    from nanogpt_env.agents import play as play_episode
-
-    if agent not in AGENTS:
-        raise typer.BadParameter(f"no agent {agent!r}; agents: {', '.join(AGENTS)}")
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
-
-    def announce(action: Any) -> None:
-        if not as_json:
-            console.print(f"> {action.type}", style="bold")
-
-    with _environment(tier, sandbox, output) as (env, progress):
-
-        def tell(name: str, text: str, reward: float) -> None:
-            progress.clear()
-            if not as_json:
-                say(text if name in ("run", "submit", "stop") else text.strip().split("\n")[0])
-
-        played = play_episode(env, AGENTS[agent](env.tier), tell, announce)
-        loaded = env.tier
-    summary = {
-        "tier": loaded.name,
-        "agent": agent,
-        "recovered": played.info["recovered"],
-        "total_reward": played.total_reward,
-        "best": played.info["best"],
-        "unit": loaded.unit,
-        "verdicts": played.verdicts,
-        "budget": played.info["budget"],
-        "verification_device_seconds": played.info["verification_device_seconds"],
-        "ledger": played.info["ledger"],
-        "picture": _picture(output or Path.cwd(), loaded, played.runs, played.verdicts),
-    }
-    if output:
-        (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    if as_json:
-        print_json(summary)
-    else:
-        _print_summary(summary)
-    return 0
-
-
-def _picture(folder: Path, tier: Tier, runs: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> str:
-    from nanogpt_env import plots
-
-    path = folder / f"{tier.name}-episode.png"
-    try:
-        plots.episode(path, tier, runs, verdicts)
-    except ImportError:
-        errors.print("no picture: it needs matplotlib (pip install 'nanogpt_env[plot]')", markup=False)
-        return ""
-    return str(path)
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
-    table = Table("submission", "claim", "verdict", "reruns", "trusted", title="verified submissions")
-    for v in summary["verdicts"]:
-        state = "accepted" if v["accepted"] else "rejected"
-        table.add_row(v["submission"], _claim(v), state, str(v["n"]), str(v["trusted"]).lower())
-    console.print(table)
-    used = summary["budget"]["device_seconds"]["spent"]
-    say(
-        f"frontier {summary['best']:.4g} {summary['unit']}, recovered {summary['recovered']:.3f} of the human speedup\n"
-        f"device_seconds: {used:.1f} for runs, {summary['verification_device_seconds']:.1f} for verification\n"
-        f"ledger: {summary['ledger']}\npicture: {summary['picture'] or 'none'}"
-    )
-
-
-def _claim(verdict: dict[str, Any]) -> str:
-    """Steps that were claimed, or how the time compares with the start record's."""
-    if verdict["claim"] is not None:
-        return str(verdict["claim"])
-    return f"time x {verdict['time']['ratio']:.3f}" if verdict["time"] else "undecided time"
 
 
 @app.command()

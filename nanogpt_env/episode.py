@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt_env import scoring
+from nanogpt_env import literals, scoring
 from nanogpt_env.actions import MAX_SEED
 from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.backends.shared import host_secret
@@ -27,7 +27,7 @@ from nanogpt_env.ledger import VERSION, Ledger
 from nanogpt_env.tracks import Span, StepsTier, Tier
 from nanogpt_env.types import Plan, Rerun, RunResult, Verdict
 from nanogpt_env.verify import OnProgress, Program, Submission, verify
-from nanogpt_env.workspace import normal_form
+from nanogpt_env.workspace import normal_form, snapshot_hash
 
 MIN_RUN_SECONDS = 1.0
 POLL_S = 0.2
@@ -40,6 +40,8 @@ class AgentRun:
     handle: str
     program: str
     """normal form of the sources"""
+    shape: str
+    """the same for programs that differ in numbers only"""
     snapshot: str
     plan: Plan | None
     seed: int
@@ -132,7 +134,8 @@ class Episode:
         except BaseException:
             self._settle(handle, reservation, {})
             raise
-        run = AgentRun(handle, program, snapshot, plan, seed, process, reservation)
+        shape = snapshot_hash({name: literals.shape(text) for name, text in sources.items()})
+        run = AgentRun(handle, program, shape, snapshot, plan, seed, process, reservation)
         self.runs[handle] = run
         return run
 
@@ -183,7 +186,8 @@ class Episode:
         # a point's loss may be inf or nan, which JSON does not have: null
         fields = json.loads(r.model_dump_json(exclude={"log", "train_losses"}))
         horizon = run.plan.horizon if run.plan else None
-        self.ledger.append("run", handle=run.handle, snapshot=run.snapshot, horizon=horizon, seed=run.seed, **fields)
+        known = {"snapshot": run.snapshot, "shape": run.shape, "horizon": horizon, "seed": run.seed}
+        self.ledger.append("run", handle=run.handle, **known, **fields)
 
     def _settle(self, handle: str, reservation: Reservation, used: dict[str, float]) -> None:
         self.budget.settle(reservation, used)

@@ -1,13 +1,16 @@
-"""Pictures of an episode. Needs matplotlib (`pip install 'nanogpt_env[plot]'`)."""
+"""Pictures of episodes, comparisons and records. Needs matplotlib (`pip install 'nanogpt_env[plot]'`)."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nanogpt_env.compare import CONFIDENCE, Entry, at
 from nanogpt_env.human import PublicTable
+from nanogpt_env.stats import mean_interval
 from nanogpt_env.tracks import StepsTier, Tier
 
 SMOOTHING = 10  # steps averaged in the training curves
@@ -67,6 +70,30 @@ def records(path: Path, table: PublicTable, human_only: bool = False) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.autofmt_xdate()
+    figure.savefig(path, dpi=120)
+
+
+def comparison(path: Path, entries: Sequence[Entry]) -> None:
+    """Mean recovered over device-seconds (runs and verification), by agent, with the confidence band of the mean.
+    Raises as `episode`."""
+    import matplotlib.figure
+    import numpy as np
+
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    seconds = np.linspace(0, max(sum(e.device_seconds.values()) for e in entries), 200)
+    for i, name in enumerate(dict.fromkeys(e.agent for e in entries)):
+        own = [e for e in entries if e.agent == name]
+        curves = np.array([[at(e, s) for s in seconds] for e in own])
+        axes.plot(seconds, curves.mean(axis=0), color=f"C{i}", label=f"{name} (n = {len(own)})")
+        if len(own) > 1:
+            bands = np.array([mean_interval(column, CONFIDENCE) for column in curves.T])
+            axes.fill_between(seconds, bands[:, 0], bands[:, 1], color=f"C{i}", alpha=0.15, linewidth=0)
+    axes.set_xlabel("device-seconds of runs and verification")
+    axes.set_ylabel("recovered share of the human speedup")
+    axes.set_title(f"{entries[0].tier}: mean over episodes, with its {CONFIDENCE:.0%} interval")
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 

@@ -92,7 +92,7 @@ class _Past:
         for handle, amounts in self.reserved.items():
             reservation = episode.budget.reserve({})
             episode._settle(handle, reservation, amounts)
-            run = AgentRun(handle, "", "", None, 0, Past(), reservation, error=INTERRUPTED)
+            run = AgentRun(handle, "", "", "", None, 0, Past(), reservation, error=INTERRUPTED)
             episode.runs[handle] = run
             episode.ledger.append("run", handle=handle, error=INTERRUPTED)
         for name in self.submitted:
@@ -110,13 +110,13 @@ class _Past:
     def _run(self, line: dict[str, Any]) -> None:
         handle, reservation = line.pop("handle"), Reservation({})
         if error := line.get("error"):
-            self.episode.runs[handle] = AgentRun(handle, "", "", None, 0, Past(), reservation, error=error)
+            self.episode.runs[handle] = AgentRun(handle, "", "", "", None, 0, Past(), reservation, error=error)
             return
-        snapshot, horizon, seed = (line.pop(key) for key in ("snapshot", "horizon", "seed"))
+        snapshot, shape, horizon, seed = (line.pop(key) for key in ("snapshot", "shape", "horizon", "seed"))
         result = RunResult(**line)
         plan = Plan(steps=max(1, result.steps), horizon=horizon) if horizon else None
         program = normal_form(self.snapshots[snapshot]) if snapshot in self.snapshots else ""
-        self.episode.runs[handle] = AgentRun(handle, program, snapshot, plan, seed, Past(), reservation, result)
+        self.episode.runs[handle] = AgentRun(handle, program, shape, snapshot, plan, seed, Past(), reservation, result)
 
     def _submit(self, line: dict[str, Any]) -> None:
         self.submitted[line["submission"]] = line

@@ -486,3 +486,13 @@ def upper_sd(sds_and_ns: Iterable[tuple[float, int]], confidence: float = 0.9) -
     _require(df > 0, "the pooled sd needs at least one group of two runs")
     pooled = math.sqrt(sum((n - 1) * sd**2 for sd, n in groups) / df)
     return pooled, pooled * math.sqrt(df / float(_special().chdtri(df, confidence)))
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of a mean, by Student's t. Raises `ValueError` for fewer than two values."""
+    _require(len(values) > 1 and 0 < confidence < 1, "need two values or more and a confidence between 0 and 1")
+    column = np.asarray(values, dtype=np.float64)
+    half = float(
+        _special().stdtrit(len(column) - 1, (1 + confidence) / 2) * column.std(ddof=1) / math.sqrt(len(column))
+    )
+    return float(column.mean()) - half, float(column.mean()) + half

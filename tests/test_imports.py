@@ -23,9 +23,10 @@ LAYERS = [
     "timing", "trials", "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "planning", "datasets",
     "claims", "workspace", "judging", "judging.static", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
-    "episode", "resume", "report", "spaces", "env", "agents", "plots", "measure", "calibrate", "calibrate_wallclock",
+    "literals", "episode", "resume", "report", "spaces", "env", "agents.ladder",
+    "agents.search", "agents", "compare", "plots", "measure", "calibrate", "calibrate_wallclock",
     "published", "trap", "testing", "attacks.cases", "attacks.naive", "attacks.suite", "attacks",
-    "display", "cli_options", "cli_data", "cli_host", "cli_records", "cli_tiers", "cli",
+    "display", "cli_options", "cli_agents", "cli_data", "cli_host", "cli_records", "cli_tiers", "cli",
 ]  # fmt: skip
 
 

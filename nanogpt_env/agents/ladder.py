@@ -1,26 +1,17 @@
-"""Agents that need no model. `play` runs one against an environment."""
+"""An agent that climbs the tier's own ladder."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 from nanogpt_env.actions import Action, EditFile, ReadFile, Run, Stop, Submit, WriteFile
-from nanogpt_env.env import Speedrun
-from nanogpt_env.errors import BackendError
 from nanogpt_env.tables import HumanRecord
 from nanogpt_env.tracks import StepsTier, Tier, WallclockTier
 
 OVERCLAIM = 0.85
 """of the steps that a record needs: too few"""
-
-
-class Agent(Protocol):
-    """Sees an observation and info, answers with an action (a model, a dict or JSON text)."""
-
-    def act(self, observation: dict[str, Any], info: dict[str, Any]) -> Any: ...
 
 
 class LadderAgent:
@@ -78,53 +69,3 @@ _STEPS = re.compile(r"^(STEPS = )(\d+)", re.MULTILINE)
 def _write(record: HumanRecord) -> Iterator[Action]:
     for path, text in record.sources.items():
         yield WriteFile(path=path, text=text)
-
-
-AGENTS: dict[str, Callable[[Tier], Agent]] = {"ladder": LadderAgent}
-
-
-@dataclass
-class Played:
-    """What happened in an episode."""
-
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    """per action: type, text, reward"""
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    """`info["run"]` of every finished run"""
-    verdicts: list[dict[str, Any]] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def total_reward(self) -> float:
-        return float(sum(step["reward"] for step in self.steps))
-
-
-def play(
-    env: Speedrun,
-    agent: Agent,
-    on_step: Callable[[str, str, float], None] = lambda *_: None,
-    on_action: Callable[[Any], None] = lambda action: None,
-) -> Played:
-    """One episode from `reset` to its end. `on_action(action)` is called before each action, `on_step(name, text,
-    reward)` after it.
-
-    Raises `BackendError` when our side fails: the agent here could only go on without its run."""
-    played = Played()
-    observation, info = env.reset()
-    over = False
-    while not over:
-        action = agent.act(observation, info)
-        on_action(action)
-        observation, reward, terminated, truncated, info = env.step(action)
-        if info.get("error") == "BackendError":
-            raise BackendError(observation["text"])
-        over = terminated or truncated
-        name = env.history[-1][0]
-        played.steps.append({"type": name, "text": observation["text"], "reward": reward})
-        if info.get("run", {}).get("done"):
-            played.runs.append({"snapshot": info["snapshot"], **info["run"]})
-        if "verdict" in info:
-            played.verdicts.append(info["verdict"])
-        on_step(name, observation["text"], reward)
-    played.info = info
-    return played

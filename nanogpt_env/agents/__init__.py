@@ -1,0 +1,93 @@
+"""Agents that need no model, and the loop that plays any agent. docs/agents.md shows how to write one."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from nanogpt_env.agents.ladder import LadderAgent
+from nanogpt_env.agents.search import BayesAgent, BestOfAgent, GreedyAgent, HalvingAgent, RandomAgent, TreeAgent
+from nanogpt_env.env import Speedrun
+from nanogpt_env.errors import ActionError, BackendError
+from nanogpt_env.tracks import Tier
+
+
+class Agent(Protocol):
+    """Sees an observation and info, answers with an action (a model, a dict or JSON text)."""
+
+    def act(self, observation: dict[str, Any], info: dict[str, Any]) -> Any: ...
+
+
+AGENTS: dict[str, Callable[[Tier], Agent]] = {
+    "ladder": LadderAgent,
+    "random": RandomAgent,
+    "greedy": GreedyAgent,
+    "best-of": BestOfAgent,
+    "tree": TreeAgent,
+    "halving": HalvingAgent,
+    "bayes": BayesAgent,
+}
+
+
+def find_agent(name: str) -> Callable[[Tier], Agent]:
+    """By its name here, or as 'module:Class'; called with the tier it gives an agent. Raises `ActionError`."""
+    if name in AGENTS:
+        return AGENTS[name]
+    if ":" not in name:
+        raise ActionError(f"no agent {name!r}: it is one of {', '.join(AGENTS)}, or module:Class")
+    try:
+        found: Callable[[Tier], Agent] = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ActionError(f"agent {name!r} cannot be imported: {error}") from None
+    return found
+
+
+@dataclass
+class Played:
+    """What happened in an episode."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """per action: type, text, reward"""
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    """`info["run"]` of every finished run"""
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_reward(self) -> float:
+        return float(sum(step["reward"] for step in self.steps))
+
+
+def play(
+    env: Speedrun,
+    agent: Agent,
+    on_step: Callable[[str, str, float], None] = lambda *_: None,
+    on_action: Callable[[Any], None] = lambda action: None,
+) -> Played:
+    """One episode from `reset` to its end. `on_action(action)` is called before each action, `on_step(name, text,
+    reward)` after it. An agent that has a method `attach` gets the environment first, to fork it.
+
+    Raises `BackendError` when our side fails: the agent here could only go on without its run."""
+    played = Played()
+    observation, info = env.reset()
+    if attach := getattr(agent, "attach", None):
+        attach(env)
+    over = False
+    while not over:
+        action = agent.act(observation, info)
+        on_action(action)
+        observation, reward, terminated, truncated, info = env.step(action)
+        if info.get("error") == "BackendError":
+            raise BackendError(observation["text"])
+        over = terminated or truncated
+        name = env.history[-1][0]
+        played.steps.append({"type": name, "text": observation["text"], "reward": reward})
+        if info.get("run", {}).get("done"):
+            played.runs.append({"snapshot": info["snapshot"], **info["run"]})
+        if "verdict" in info:
+            played.verdicts.append(info["verdict"])
+        on_step(name, observation["text"], reward)
+    played.info = info
+    return played

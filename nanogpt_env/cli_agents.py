@@ -1,0 +1,176 @@
+"""The commands about agents: `nanogpt-env play`, `compare`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from nanogpt_env import agents, display
+from nanogpt_env.actions import parse_action
+from nanogpt_env.cli_options import BudgetOption, JsonOption, SandboxOption, TierOption, budget_of, environment
+from nanogpt_env.compare import Entry, Summary, summarize
+from nanogpt_env.compare import compare as compare_agents
+from nanogpt_env.display import console, errors, print_json, say
+from nanogpt_env.tracks import Tier
+
+
+_SPENT_ON = {
+    "repeated": "on runs of a program run before",
+    "numbers": "on programs with other numbers",
+    "algorithm": "on other algorithms",
+    "verification": "on verification",
+}
+
+
+def add_agent_commands(app: typer.Typer) -> None:
+    app.command()(play)
+    app.command()(compare)
+
+
+def play(
+    tier: TierOption = "nano-steps",
+    agent: Annotated[str, typer.Option(help="Its name (`ladder`, `greedy`, ...), or module:Class.")] = "ladder",
+    budget: BudgetOption = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for ledger, summary and picture.")] = None,
+    sandbox: SandboxOption = "auto",
+    as_json: JsonOption = False,
+) -> int:
+    """Let an agent play one episode: edits, training runs, submissions, verified rewards."""
+    _own_modules()
+    make = agents.find_agent(agent)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+
+    def announce(action: Any) -> None:
+        if not as_json:
+            console.print(f"> {parse_action(action).type}", style="bold")
+
+    with environment(tier, sandbox, output, budget_of(budget)) as (env, progress):
+
+        def tell(name: str, text: str, reward: float) -> None:
+            progress.clear()
+            if not as_json:
+                say(text if name in ("run", "submit", "stop") else text.strip().split("\n")[0])
+
+        played = agents.play(env, make(env.tier), tell, announce)
+        loaded = env.tier
+    summary = {
+        "tier": loaded.name,
+        "agent": agent,
+        "recovered": played.info["recovered"],
+        "total_reward": played.total_reward,
+        "best": played.info["best"],
+        "unit": loaded.unit,
+        "verdicts": played.verdicts,
+        "budget": played.info["budget"],
+        "verification_device_seconds": played.info["verification_device_seconds"],
+        "ledger": played.info["ledger"],
+        "picture": _picture(output or Path.cwd(), loaded, played.runs, played.verdicts),
+    }
+    if output:
+        (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if as_json:
+        print_json(summary)
+    else:
+        _print_summary(summary)
+    return 0
+
+
+def _picture(folder: Path, tier: Tier, runs: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> str:
+    from nanogpt_env import plots
+
+    path = folder / f"{tier.name}-episode.png"
+    try:
+        plots.episode(path, tier, runs, verdicts)
+    except ImportError:
+        errors.print("no picture: it needs matplotlib (pip install 'nanogpt_env[plot]')", markup=False)
+        return ""
+    return str(path)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    table = Table("submission", "claim", "verdict", "reruns", "trusted", title="verified submissions")
+    for v in summary["verdicts"]:
+        state = "accepted" if v["accepted"] else "rejected"
+        table.add_row(v["submission"], _claim(v), state, str(v["n"]), str(v["trusted"]).lower())
+    console.print(table)
+    used = summary["budget"]["device_seconds"]["spent"]
+    say(
+        f"frontier {summary['best']:.4g} {summary['unit']}, recovered {summary['recovered']:.3f} of the human speedup\n"
+        f"device_seconds: {used:.1f} for runs, {summary['verification_device_seconds']:.1f} for verification\n"
+        f"ledger: {summary['ledger']}\npicture: {summary['picture'] or 'none'}"
+    )
+
+
+def _claim(verdict: dict[str, Any]) -> str:
+    """Steps that were claimed, or how the time compares with the start record's."""
+    if verdict["claim"] is not None:
+        return str(verdict["claim"])
+    return f"time x {verdict['time']['ratio']:.3f}" if verdict["time"] else "undecided time"
+
+
+def _own_modules() -> None:
+    """An agent module:Class may lie in the folder that the command is called in."""
+    sys.path.insert(0, os.getcwd())
+
+
+def compare(
+    tier: TierOption = "nano-steps",
+    names: Annotated[str, typer.Option("--agents", help="With commas between; names as for `play`.")] = "random,greedy",
+    episodes: Annotated[int, typer.Option(min=1, help="Of each agent.")] = 8,
+    budget: BudgetOption = None,
+    output: Annotated[Path, typer.Option(help="Folder for episodes, summary and picture.")] = Path("compare-output"),
+    sandbox: SandboxOption = "auto",
+    as_json: JsonOption = False,
+) -> int:
+    """Let agents play the same tier at the same budget, in turn: mean recovered with confidence intervals.
+
+    Interrupted, it continues where it stopped: episodes that have ended are kept in the output folder.
+    """
+    _own_modules()
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    with display.watch_counts() as counts:
+        entries = compare_agents(tier, chosen, episodes, output, budget_of(budget), sandbox, counts)
+    rows = summarize(entries)
+    picture = output / "compare.png"
+    try:
+        from nanogpt_env import plots
+
+        plots.comparison(picture, entries)
+    except ImportError:
+        errors.print("no picture: it needs matplotlib (pip install 'nanogpt_env[plot]')", markup=False)
+        picture = Path()
+    summary = {
+        "tier": entries[0].tier,
+        "budget": entries[0].budget,
+        "agents": [row.model_dump() for row in rows],
+        "picture": str(picture) if picture.name else "",
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if as_json:
+        print_json(summary)
+        return 0
+    _print_comparison(rows, entries)
+    say(f"episodes: {output / 'episodes.jsonl'}\npicture: {picture if picture.name else 'none'}")
+    return 0
+
+
+def _print_comparison(rows: list[Summary], entries: list[Entry]) -> None:
+    table = Table("agent", "recovered", "95 % of the mean", "accepted", "runs", "device-s")
+    for row in rows:
+        interval = f"{row.interval[0]:+.3f} to {row.interval[1]:+.3f}" if row.interval else "one episode"
+        accepted, used = f"{row.accepted:.1f} of {row.submissions:.1f}", sum(row.device_seconds.values())
+        cells = (f"{row.recovered:+.3f}", interval, accepted, f"{sum(row.runs.values()):.1f}", f"{used:.0f}")
+        table.add_row(row.agent, *cells)
+    console.print(table)
+    for row in rows:
+        parts = ", ".join(f"{s:.0f} s {_SPENT_ON[kind]}" for kind, s in row.device_seconds.items() if s)
+        say(f"{row.agent}: best {row.best:+.3f}; {parts}; idle {row.idle_seconds:.0f} of {row.wall_seconds:.0f} s")
+    if not all(e.trusted for e in entries):
+        say("trusted: false for some episodes (no sandbox; `nanogpt-env doctor` says how to get one)")

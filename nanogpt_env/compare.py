@@ -1,0 +1,210 @@
+"""Several agents on one tier, at the same budget: episodes side by side, and what can be said of their difference.
+
+Every episode is kept in a file as soon as it has ended, so that an interrupted comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from nanogpt_env.agents import find_agent, play
+from nanogpt_env.env import Speedrun
+from nanogpt_env.errors import LedgerError
+from nanogpt_env.ledger import read_ledger
+from nanogpt_env.scoring import recovered
+from nanogpt_env.stats import mean_interval
+from nanogpt_env.types import Record
+
+CONFIDENCE = 0.95
+
+
+class Entry(Record):
+    """One episode of one agent."""
+
+    agent: str
+    episode: int
+    tier: str
+    fingerprint: str
+    budget: dict[str, float]
+    recovered: float
+    curve: tuple[tuple[float, float], ...]
+    """(device-seconds of runs and verifications so far, recovered), at each acceptance"""
+    device_seconds: dict[str, float]
+    """of runs by what they changed: 'repeated', 'numbers', 'algorithm'; and of 'verification'"""
+    runs: dict[str, int]
+    """by what they changed"""
+    submissions: int
+    accepted: int
+    wall_seconds: float
+    idle_seconds: float
+    """of it outside of actions: the agent's own"""
+    trusted: bool
+    ledger: str
+
+
+class Summary(Record):
+    """Of one agent's episodes; `recovered` with the confidence interval of its mean."""
+
+    agent: str
+    episodes: int
+    recovered: float
+    interval: tuple[float, float] | None
+    """None for a single episode"""
+    best: float
+    accepted: float
+    submissions: float
+    runs: dict[str, float]
+    device_seconds: dict[str, float]
+    wall_seconds: float
+    idle_seconds: float
+
+
+def compare(
+    tier: str | Path,
+    agents: Sequence[str],
+    episodes: int,
+    folder: Path,
+    budget: Mapping[str, float],
+    sandbox: str = "auto",
+    report: Callable[[str, int, int], None] = lambda *_: None,
+) -> list[Entry]:
+    """Play what is not in the folder yet, the agents in turn. Raises as an episode does."""
+    makers = {name: find_agent(name) for name in agents}
+    path = folder / "episodes.jsonl"
+    found: list[Entry] = []
+    with closing(Speedrun(tier, sandbox=sandbox, state_dir=folder, budget=budget)) as env:
+        known = {"tier": env.tier.name, "fingerprint": env.tier.fingerprint(), "budget": dict(budget)}
+        kept = {(e.agent, e.episode): e for e in _read(path) if e.model_dump(include=set(known)) == known}
+        wanted = list(itertools.product(range(episodes), makers))  # in turn: what drifts, drifts for all
+        for done, (number, name) in enumerate(wanted):
+            report(name, done, len(wanted))
+            if (name, number) not in kept:
+                kept[name, number] = _play(env, name, makers[name], number, known)
+                folder.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
+                    file.write(kept[name, number].model_dump_json() + "\n")
+            found.append(kept[name, number])
+        report("", len(wanted), len(wanted))
+    return found
+
+
+def _read(path: Path) -> list[Entry]:
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(Entry(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise LedgerError(
+                f"{path} is not from a comparison of this version: {error}; choose another folder"
+            ) from None
+    return found
+
+
+def _play(env: Speedrun, name: str, make: Callable[[Any], Any], number: int, known: Mapping[str, Any]) -> Entry:
+    began, acting, at = time.monotonic(), 0.0, 0.0
+
+    def on_action(_: Any) -> None:
+        nonlocal at
+        at = time.monotonic()
+
+    def on_step(*_: Any) -> None:
+        nonlocal acting
+        acting += time.monotonic() - at
+
+    played = play(env, make(env.tier), on_step, on_action)
+    wall = time.monotonic() - began
+    ledger = str(played.info["ledger"])
+    return Entry(
+        agent=name, episode=number, **known, **from_ledger(Path(ledger)), wall_seconds=wall, idle_seconds=wall - acting,
+        ledger=ledger,
+    )  # fmt: skip
+
+
+def from_ledger(path: Path) -> dict[str, Any]:
+    """What an episode's ledger says about it: the fields of `Entry` that it has."""
+    lines, _ = read_ledger(path)
+    start, anchor = (float(lines[0][key]["value"]) for key in ("start", "anchor"))
+    best, used, curve, trusted = start, 0.0, [], True
+    seconds = dict.fromkeys(("repeated", "numbers", "algorithm", "verification"), 0.0)
+    runs = dict.fromkeys(("repeated", "numbers", "algorithm"), 0)
+    programs: list[tuple[str, str]] = []
+    verdicts = []
+    for line in lines:
+        if line["kind"] == "run" and "error" not in line:
+            program = line["shape"], line["snapshot"]
+            kind = _change(program, programs)
+            programs.append(program)
+            runs[kind] += 1
+            seconds[kind] += line["device_seconds"]
+            used += line["device_seconds"]
+            trusted = trusted and line["sandbox"]["trusted"]
+        elif line["kind"] == "rerun":
+            seconds["verification"] += line["device_seconds"]
+            used += line["device_seconds"]
+        elif line["kind"] == "verdict":
+            verdicts.append(line)
+            trusted = trusted and line["trusted"]
+            if line["value"] is not None and line["value"] < best:
+                best = line["value"]
+                curve.append((used, recovered(start, anchor, best)))
+    return {
+        "recovered": recovered(start, anchor, best),
+        "curve": tuple(curve),
+        "device_seconds": seconds,
+        "runs": runs,
+        "submissions": len(verdicts),
+        "accepted": sum(v["accepted"] for v in verdicts),
+        "trusted": trusted,
+    }
+
+
+def _change(program: tuple[str, str], before: Sequence[tuple[str, str]]) -> str:
+    if program in before:
+        return "repeated"
+    # the first program is the start record's, mostly: a run of that is no change
+    return "numbers" if not before or program[0] in {shape for shape, _ in before} else "algorithm"
+
+
+def summarize(entries: Sequence[Entry]) -> list[Summary]:
+    """By agent, in their first order."""
+    found = []
+    for name in dict.fromkeys(e.agent for e in entries):
+        own = [e for e in entries if e.agent == name]
+        values = [e.recovered for e in own]
+
+        def mean(of: Callable[[Entry], float], own: Sequence[Entry] = own) -> float:
+            return sum(map(of, own)) / len(own)
+
+        def means(of: Callable[[Entry], Mapping[str, float]], own: Sequence[Entry] = own) -> dict[str, float]:
+            return {key: sum(of(e)[key] for e in own) / len(own) for key in of(own[0])}
+
+        found.append(
+            Summary(
+                agent=name,
+                episodes=len(own),
+                recovered=math.fsum(values) / len(own),
+                interval=mean_interval(values, CONFIDENCE) if len(own) > 1 else None,
+                best=max(values),
+                accepted=mean(lambda e: e.accepted),
+                submissions=mean(lambda e: e.submissions),
+                runs=means(lambda e: e.runs),
+                device_seconds=means(lambda e: e.device_seconds),
+                wall_seconds=mean(lambda e: e.wall_seconds),
+                idle_seconds=mean(lambda e: e.idle_seconds),
+            )
+        )
+    return found
+
+
+def at(entry: Entry, seconds: float) -> float:
+    """What an episode had recovered after so many device-seconds."""
+    return max((value for used, value in entry.curve if used <= seconds), default=0.0)
