@@ -19,7 +19,6 @@ from nanogpt_env.compare import compare as compare_agents
 from nanogpt_env.display import console, errors, print_json, say
 from nanogpt_env.tracks import Tier
 
-
 _SPENT_ON = {
     "repeated": "on runs of a program run before",
     "numbers": "on programs with other numbers",

@@ -78,9 +78,12 @@ def test_shell_blocks(text, tmp_path):
                 pytest.fail(f"a documented command that no test runs: {command}")
 
 
-def test_the_readme_and_the_example_show_the_same_program():
-    example = (ROOT / "examples" / "quickstart.py").read_text().split('"""')[2]
-    shown = FENCE.findall((ROOT / "README.md").read_text())[1][1]
+@pytest.mark.parametrize(
+    ("page", "number", "example"), [("README.md", 1, "quickstart.py"), ("docs/agents.md", 0, "own_agent.py")]
+)
+def test_page_and_example_show_the_same_program(page, number, example):
+    example = (ROOT / "examples" / example).read_text().split('"""', 2)[2]
+    shown = FENCE.findall((ROOT / page).read_text())[number][1]
     assert [x for x in shown.splitlines() if x] == [x for x in example.splitlines() if x]
 
 
