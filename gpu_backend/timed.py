@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -46,6 +47,7 @@ class Timed(Setting):
         self._started_at: float | None = None  # set with the first real batch
         self._ready = False
         self._cpu_before = 0.0
+        self._compiled = f"nanogpt_env-compiled-{secrets.token_hex(8)}"
         self._rng_setup = np.random.default_rng(job.stream_seed("setup"))
 
     def train(self, process: Process, progress: Callable[[], None]) -> bytes:
@@ -87,7 +89,7 @@ class Timed(Setting):
         line.memory[self._checkpoint : self._checkpoint + len(cache)] = cache
         compiled = {
             # the same place in both processes: compiled code has paths in it
-            "folder": f"nanogpt_env-compiled-{self.job.stream_seed('cache'):x}",
+            "folder": self._compiled,
             "bytes": len(cache),
             "only": purpose == "compile",
         }
