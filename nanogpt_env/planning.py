@@ -289,7 +289,11 @@ def _env_toml(plan: Plan, name: str, template: StepsTable) -> str:
             "max_horizon": math.ceil(ROOM * plan.steps),
             "points": list(template.training.points),
             "point_tokens": template.training.point_tokens,
-            **({} if on_cpu else {"numbers": "bf16", "shards": SHARDS, "micro_batch": plan.micro_batch}),
+            **(
+                {}
+                if on_cpu
+                else {"numbers": "bf16", "shards": SHARDS, "micro_batch": plan.micro_batch, "compile": True}
+            ),
         },
         "limits": template.limits.model_dump()
         | {"deadline_s": math.ceil(4 * ROOM * seconds + 60), "memory_mib": 1024 + _mib(plan.model)},
@@ -322,6 +326,8 @@ def _mib(model: Model) -> int:
 def _toml(value: Any) -> str:
     if isinstance(value, str):
         return f'"{value}"'
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return repr(value)

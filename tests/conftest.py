@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import engine
@@ -25,6 +26,8 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory):
     """Caches and ledgers of the test session lie in a folder of its own, subprocesses' too."""
     folder = tmp_path_factory.mktemp("nanogpt_env")
     saved = dict(os.environ)
+    # a shell's background jobs ignore Ctrl-C, and so would all that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= {"NANOGPT_ENV_CACHE": str(folder / "cache"), "NANOGPT_ENV_STATE": str(folder / "state")}
     yield
     os.environ.clear()

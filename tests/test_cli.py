@@ -28,7 +28,7 @@ CLAIM = TIER.measured.records["fast"].claim or FAST.horizon
 COMMANDS = [
     "doctor", "attack", "image", "tiers list", "tiers show", "tiers plan", "tiers calibrate", "tiers time",
     "records list", "records show", "records plot", "data fetch", "data check", "data path", "new", "run",
-    "submit", "play", "replay",
+    "submit", "play", "compare", "replay",
 ]  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_an_error_is_a_json_object_too(candidate, content, code):
         (["submit", "{folder}", "--tier", TINY, "--claim", "60", "--horizon", "50"], "1 <= steps <= horizon"),
         (["submit", "{folder}", "--tier", TINY, "--claim", "0"], "--claim"),
         (["submit", "{folder}", "--tier", TINY, "--claim", "300"], "<= 200"),
-        (["play", "--tier", TINY, "--agent", "genius"], "no agent 'genius'; agents: ladder"),
+        (["play", "--tier", TINY, "--agent", "genius"], "no agent 'genius': it is one of ladder"),
         (["play", "--tier", TINY, "--output", "{file}"], "File exists"),
         (["play", "--tier", TINY, "--output", "{file}/below"], "Not a directory"),
         (["tiers", "show", "nowhere"], "no tier 'nowhere'"),

@@ -245,9 +245,8 @@ def test_an_episode_of_small_steps_pays_by_the_public_records(tmp_path, monkeypa
         assert reward == pytest.approx((3500 - 40) / (3500 - 2690))
 
 
-@pytest.mark.parametrize("base", ["small-wallclock", "medium-wallclock"])
-def test_the_start_program_trains_and_is_audited(cold, tmp_path, monkeypatch, base):
-    result = run(cold, toy(tmp_path / "toy", base, monkeypatch, tokens=2048 * 20))
+def test_the_start_program_trains_and_is_audited(cold, tmp_path, monkeypatch):
+    result = run(cold, toy(tmp_path / "toy", "small-wallclock", monkeypatch, tokens=2048 * 20))
     assert result.completed, (result.detail, result.log)
     assert result.tokens == 2048 * 20
     assert result.val_losses["val_hidden"] < 5.9
@@ -318,7 +317,7 @@ def test_the_script_before_and_after(cold, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("script", "base", "options"), [
     ("steps.py", "small-steps", ["--steps", "8", "--repeats", "2"]),
-    ("wallclock.py", "small-wallclock", ["--steps", "4", "--repeats", "1"]),
+    ("wallclock.py", "medium-wallclock", ["--steps", "4", "--repeats", "1"]),
 ])  # fmt: skip
 def test_the_benchmarks_run_in_small(tmp_path, monkeypatch, script, base, options):
     tier = toy(tmp_path / "toy", base, monkeypatch)

@@ -82,12 +82,15 @@ class SearchAgent:
 
     def script(self) -> Script:
         yield from self.run((0.0,) * self.size)
+        if self.tried:  # else there is nothing to compare with
+            yield from self.search()
+            yield from self.submit_if_better(last=True)
+
+    def search(self) -> Script:
         for moves in self.propose():
             if not (yield from self.run(moves)):
-                break
+                return
             yield from self.submit_if_better()
-        yield from self.submit_if_better(last=True)
-        yield Stop()
 
     @property
     def best(self) -> Tried:
@@ -251,14 +254,11 @@ class ForkingAgent(SearchAgent):
         """Programs to try together, round by round."""
         raise NotImplementedError
 
-    def script(self) -> Script:
-        yield from self.run((0.0,) * self.size)
+    def search(self) -> Script:
         for together in self.rounds():
             if not self.run_together(together):
-                break
+                return
             yield from self.submit_if_better()
-        yield from self.submit_if_better(last=True)
-        yield Stop()
 
     def run_together(self, together: Sequence[Moves]) -> bool:
         """False when the budget did not allow one of them."""
