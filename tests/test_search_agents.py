@@ -38,7 +38,7 @@ def played(name, tmp_path, seed=1, script=landscape, **budget):
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_gets_better_and_has_it_verified(name, tmp_path):
-    result, agent, env = played(name, tmp_path)
+    result, agent, env = played(name, tmp_path, runs=40)
     assert agent.best.need < agent.tried[0].need
     assert result.info["budget"]["runs"]["left"] <= 4
     assert result.info["recovered"] == pytest.approx(result.total_reward)
