@@ -84,14 +84,14 @@ def compare(
         kept = {(e.agent, e.episode): e for e in _read(path) if e.model_dump(include=set(known)) == known}
         wanted = list(itertools.product(range(episodes), makers))  # in turn: what drifts, drifts for all
         for done, (number, name) in enumerate(wanted):
-            report(name, done, len(wanted))
+            report("episodes", done, len(wanted))
             if (name, number) not in kept:
                 kept[name, number] = _play(env, name, makers[name], number, known)
                 folder.mkdir(parents=True, exist_ok=True)
                 with path.open("a") as file:
                     file.write(kept[name, number].model_dump_json() + "\n")
             found.append(kept[name, number])
-        report("", len(wanted), len(wanted))
+        report("episodes", len(wanted), len(wanted))
     return found
 
 

@@ -158,7 +158,7 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
     seen = []
     first = compare("nano-steps", ["random", "greedy"], 2, tmp_path, {"runs": 12}, report=lambda *a: seen.append(a))
     assert [(e.agent, e.episode) for e in first] == [("random", 0), ("greedy", 0), ("random", 1), ("greedy", 1)]
-    assert seen[-1] == ("", 4, 4)
+    assert seen[-1] == ("episodes", 4, 4)
     runs = len(made[0].runs)
     more = compare("nano-steps", ["random", "greedy"], 3, tmp_path, {"runs": 12})
     assert more[:4] == first
