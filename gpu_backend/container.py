@@ -63,6 +63,7 @@ class Contained(Process):
     container: Any
     pidfd: int
     folder: tempfile.TemporaryDirectory[str]
+    has_gpus: bool
 
     def address_space(self, memory_bytes: int) -> int:
         # CUDA reserves far more addresses than a machine has memory; the container's limit counts what is used
@@ -144,9 +145,7 @@ def launch(hidden: list[Path], log_fd: int, host: str, note: str, gpus: tuple[st
         raise
     version = client.version()["Version"]
     info = SandboxInfo("docker", f"{version}, image {image.labels[VARIANT_LABEL]} {image.id}", True, note)
-    contained = Contained(info, pid, control, container, pidfd, folder)
-    contained.has_gpus = bool(gpus)
-    return contained
+    return Contained(info, pid, control, container, pidfd, folder, bool(gpus))
 
 
 def settings(
@@ -156,9 +155,8 @@ def settings(
     types = importlib.import_module("docker.types")
     own_python = image.labels[VARIANT_LABEL] == "host"
     binds = {str(HERE / file): f"{INSIDE}/{file}" for file in FILES} | {folder: _LINE}
-    scratch = {"/tmp": f"size={SCRATCH_BYTES},nr_inodes={confine.INODES},mode=1777"}
-    if gpus:
-        scratch = {"/tmp": f"size={GPU_SCRATCH_BYTES},exec,mode=1777"}
+    room = f"size={GPU_SCRATCH_BYTES},exec" if gpus else f"size={SCRATCH_BYTES},nr_inodes={confine.INODES}"
+    scratch = {"/tmp": f"{room},mode=1777"}
     if own_python:
         shown = [*visible.roots(), *visible.packages()]
         binds |= {str(path): str(path) for path in shown if not visible.is_link(path)}

@@ -87,7 +87,7 @@ def page_lock(memory: mmap.mmap) -> None:
     import numpy
     import torch
 
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch does not type it
     cudart.cudaHostRegister(numpy.frombuffer(memory, numpy.uint8).ctypes.data, len(memory), 0)
 
 

@@ -48,7 +48,7 @@ class Process:
     info: SandboxInfo
     pid: int
     control: socket.socket
-    has_gpus: bool = field(default=False, init=False)
+    has_gpus = False
     group: cgroups.Group | None = field(default=None, init=False)
 
     def limit(self, memory_bytes: int) -> None:

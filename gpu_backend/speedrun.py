@@ -54,15 +54,15 @@ def _connect(control: socket.socket, shared: Any, message: Mapping[str, Any]) ->
         _unpack_compiled(**message["compiled"])
 
 
-def _unpack_compiled(folder: str, bytes: int, only: bool) -> None:
+def _unpack_compiled(folder: str, size: int, only: bool) -> None:
     """What torch.compile has made in an earlier process goes where it looks for it. `only`: it is this one's task."""
     global _compiled, _compile_only
     _compiled, _compile_only = os.path.join(tempfile.gettempdir(), folder), only
     os.makedirs(_compiled, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_compiled, "inductor")
     os.environ["TRITON_CACHE_DIR"] = os.path.join(_compiled, "triton")
-    if bytes:
-        packed = io.BytesIO(_memory[_checkpoint : _checkpoint + bytes])
+    if size:
+        packed = io.BytesIO(_memory[_checkpoint : _checkpoint + size])
         with tarfile.open(fileobj=packed) as tar:
             tar.extractall(_compiled, filter="data")
 
@@ -154,7 +154,7 @@ def ranks(count: int) -> int:
     import torch
     import torch.distributed as dist
 
-    _count, store = count, tempfile.mktemp(prefix="ranks-")
+    _count, store = count, os.path.join(tempfile.mkdtemp(prefix="ranks-"), "store")
     _rank = next((rank for rank in range(1, count) if os.fork() == 0), 0)
     if _rank:
         host.die_with_parent()

@@ -90,7 +90,7 @@ class Timed(Setting):
         compiled = {
             # the same place in both processes: compiled code has paths in it
             "folder": self._compiled,
-            "bytes": len(cache),
+            "size": len(cache),
             "only": purpose == "compile",
         }
         line.set_up(

@@ -238,7 +238,9 @@ def run(job: Job, process: Process, log: BoundedLog, cancel: Cancel, launch: Lau
     result.log = log.text() + result.log
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     if job.gpu_ids:
-        result.hardware["trainer_gpu_peak_bytes"] = setting.gpu_peak_bytes()
+        import torch
+
+        result.hardware["trainer_gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
     result.trainer_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     result.device_seconds += (time.monotonic() - started) * max(1, len(job.gpu_ids))
     return result

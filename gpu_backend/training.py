@@ -50,9 +50,6 @@ class Setting:
         self.model = GPT(self.config)
         self.forward: Callable[[Tensor, Tensor], Tensor] = self.model
 
-    def gpu_peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated()
-
     def loss(self, window: data.Tokens) -> Tensor:
         """Mean cross-entropy of windows, (rows, length + 1)."""
         ids = torch.from_numpy(window.astype(np.int64))

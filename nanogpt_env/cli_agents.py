@@ -17,6 +17,7 @@ from nanogpt_env.cli_options import BudgetOption, JsonOption, SandboxOption, Tie
 from nanogpt_env.compare import Entry, Summary, summarize
 from nanogpt_env.compare import compare as compare_agents
 from nanogpt_env.display import console, errors, print_json, say
+from nanogpt_env.errors import ActionError
 from nanogpt_env.tracks import Tier
 
 _SPENT_ON = {
@@ -48,7 +49,7 @@ def play(
 
     def announce(action: Any) -> None:
         if not as_json:
-            console.print(f"> {parse_action(action).type}", style="bold")
+            console.print(f"> {_name(action)}", style="bold")
 
     with environment(tier, sandbox, output, budget_of(budget)) as (env, progress):
 
@@ -79,6 +80,13 @@ def play(
     else:
         _print_summary(summary)
     return 0
+
+
+def _name(action: Any) -> str:
+    try:
+        return parse_action(action).type
+    except ActionError:
+        return "malformed"  # the environment tells the agent why
 
 
 def _picture(folder: Path, tier: Tier, runs: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> str:

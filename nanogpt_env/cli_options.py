@@ -40,7 +40,7 @@ BudgetOption = Annotated[
     typer.Option(
         "--budget",
         help="METER=VALUE instead of the tier's, such as device_seconds=300; may be repeated.",
-        metavar="TEXT",
+        metavar="METER=VALUE",
     ),
 ]
 
@@ -49,13 +49,11 @@ def budget_of(options: list[str] | None) -> dict[str, float]:
     """Raises `BadParameter` for what is not METER=VALUE; which meters there are says the environment."""
     found = {}
     for option in options or ():
-        meter, equals, value = option.partition("=")
         try:
+            meter, value = option.split("=")
             found[meter.strip()] = float(value)
         except ValueError:
-            equals = ""
-        if not equals:
-            raise typer.BadParameter(f"a budget is METER=VALUE, such as runs=20, not {option!r}")
+            raise typer.BadParameter(f"a budget is METER=VALUE, such as runs=20, not {option!r}") from None
     return found
 
 

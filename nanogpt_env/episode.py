@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt_env import literals, scoring
+from nanogpt_env import scoring
 from nanogpt_env.actions import MAX_SEED
 from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.backends.shared import host_secret
@@ -27,7 +27,7 @@ from nanogpt_env.ledger import VERSION, Ledger
 from nanogpt_env.tracks import Span, StepsTier, Tier
 from nanogpt_env.types import Plan, Rerun, RunResult, Verdict
 from nanogpt_env.verify import OnProgress, Program, Submission, verify
-from nanogpt_env.workspace import normal_form, snapshot_hash
+from nanogpt_env.workspace import normal_form
 
 MIN_RUN_SECONDS = 1.0
 POLL_S = 0.2
@@ -134,7 +134,7 @@ class Episode:
         except BaseException:
             self._settle(handle, reservation, {})
             raise
-        shape = snapshot_hash({name: literals.shape(text) for name, text in sources.items()})
+        shape = normal_form(sources, numbers=False)
         run = AgentRun(handle, program, shape, snapshot, plan, seed, process, reservation)
         self.runs[handle] = run
         return run

@@ -7,6 +7,7 @@ Settings are module-level names (`MUON_LR, ADAM_LR = 0.03, 0.02`) and keyword ar
 from __future__ import annotations
 
 import ast
+import io
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ class Literal:
 
 def find(source: str) -> tuple[Literal, ...]:
     """The settings of a source, in the order of the text. Raises `SyntaxError`."""
-    lines = source.splitlines(keepends=True)
+    lines = list(io.StringIO(source, newline=""))  # as Python counts them: splitlines() knows more ends
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line))
@@ -93,12 +94,3 @@ def moved(source: str, moves: Sequence[float]) -> str:
         if by:
             source = source[: literal.begin] + f"{literal.moved(by):.6g}" + source[literal.end :]
     return source
-
-
-def shape(source: str) -> str:
-    """What is left when numbers do not count: equal for programs that differ in numbers only. Raises `SyntaxError`."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, complex)):
-            node.value = 0
-    return ast.dump(tree)

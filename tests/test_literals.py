@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from nanogpt_env import literals
 from nanogpt_env.tiers import builtin_tiers, load_tier
+from nanogpt_env.workspace import normal_form
 
 SOURCE = '''"""Text, not 7."""
 import torch
@@ -21,6 +22,10 @@ def configure(params, horizon, k=5):
     x = 6
     return torch.optim.AdamW(params, lr=A, betas=(0.8, 0.99), weight_decay=0.1, fused=True, eps=1e-7)
 '''
+
+
+def shape(source):
+    return normal_form({"optimizer.py": source}, numbers=False)
 
 
 def test_what_counts_as_a_setting():
@@ -40,8 +45,13 @@ def test_a_move_changes_one_number_and_nothing_else():
         assert [n.name for n in again] == [n.name for n in found]
         assert [n.value for j, n in enumerate(again) if j != i] == [n.value for j, n in enumerate(found) if j != i]
         assert again[i].value == pytest.approx(literal.moved(0.5), rel=1e-5)
-        assert literals.shape(new) == literals.shape(SOURCE)
+        assert shape(new) == shape(SOURCE)
     assert literals.moved(SOURCE, [0.0] * len(found)) == SOURCE
+
+
+def test_lines_end_where_python_says():
+    source = "text = 'a\x0cb\u2028c'\r\nA = 0.25\rB = 8\n"
+    assert literals.moved(source, [1, 1]) == source.replace("0.25", "1").replace("8\n", "32\n")
 
 
 def test_how_far_a_number_moves():
@@ -54,8 +64,9 @@ def test_how_far_a_number_moves():
 
 
 def test_another_algorithm_has_another_shape():
-    assert literals.shape(SOURCE) != literals.shape(SOURCE.replace("AdamW", "Adam"))
-    assert literals.shape("x = -1") == literals.shape("x = -2.5")
+    assert shape(SOURCE) != shape(SOURCE.replace("AdamW", "Adam"))
+    assert shape("x = -1") == shape("x = -2.5")
+    assert shape("x = f(nesterov=True)") != shape("x = f(nesterov=False)")
 
 
 @given(st.lists(st.floats(-1, 1), min_size=9, max_size=9))

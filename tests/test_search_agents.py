@@ -113,6 +113,22 @@ class Mine:
 '''
 
 
+def test_a_malformed_action_is_told_to_the_agent(tmp_path):
+    (tmp_path / "clumsy.py").write_text(
+        "class Clumsy:\n    def __init__(self, tier):\n        self.plan = [{'type': 'jump'}, 7, {'type': 'stop'}]\n"
+        "    def act(self, observation, info):\n        return self.plan.pop(0)\n"
+    )
+    done = call("play", "--agent", "clumsy:Clumsy", "--output", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> malformed") == 2 and "> stop" in done.stdout
+
+
+def test_without_optuna_the_way_out_is_named(monkeypatch):
+    monkeypatch.setattr("nanogpt_env.agents.search.util.find_spec", lambda name: None)
+    with pytest.raises(ActionError, match=r"nanogpt_env\[agents\]"):
+        AGENTS["bayes"](TIER)
+
+
 def test_an_agent_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)

@@ -67,7 +67,7 @@ class PlainLoop(Training):
             for i in range(0, rows, most):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.numbers == "bf16"):
                     loss = self.forward(x[i : i + most], y[i : i + most]) * (most / rows)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
                 total += loss.detach()
             self.schedule(step, self.job.horizon, self.optimizers)
             for optimizer in self.optimizers:

@@ -1,20 +1,23 @@
 """Agents that search among the numbers of the start program: random, greedy, best of n, a tree, halving, Bayesian.
 
-They differ in what they try next (`propose`); all run a program once, at a horizon at which the best so far would just
-reach the target, and submit what promises to need clearly less than what has been accepted.
+They differ in what they try next (`propose`, `rounds`); all run a program once, at a horizon at which the best so far
+would just reach the target, and submit what promises to need clearly less than what has been accepted.
 """
 
 from __future__ import annotations
 
+import abc
 import math
 import random
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import util
 from typing import Any
 
 from nanogpt_env import literals
 from nanogpt_env.actions import Action, Poll, Run, Stop, Submit, WriteFile
 from nanogpt_env.env import Speedrun
+from nanogpt_env.errors import ActionError
 from nanogpt_env.tracks import StepsTier, Tier
 
 SCALE = 0.4
@@ -44,7 +47,7 @@ class Tried:
     need: float
 
 
-class SearchAgent:
+class SearchAgent(abc.ABC):
     """What all searches share. `tried` holds every completed run."""
 
     spread = 0.5
@@ -74,23 +77,15 @@ class SearchAgent:
         except StopIteration:
             return Stop()
 
-    # --- what a search is ---
-
-    def propose(self) -> Iterator[Moves]:
-        """Programs to try, one after the other, for ever."""
-        raise NotImplementedError
-
     def script(self) -> Script:
         yield from self.run((0.0,) * self.size)
         if self.tried:  # else there is nothing to compare with
             yield from self.search()
             yield from self.submit_if_better(last=True)
 
+    @abc.abstractmethod
     def search(self) -> Script:
-        for moves in self.propose():
-            if not (yield from self.run(moves)):
-                return
-            yield from self.submit_if_better()
+        """Try and submit until the budget allows no further run."""
 
     @property
     def best(self) -> Tried:
@@ -153,7 +148,21 @@ class SearchAgent:
         return tuple(m + self.random.gauss(0, spread) if i in chosen else m for i, m in enumerate(moves))
 
 
-class RandomAgent(SearchAgent):
+class ProposingAgent(SearchAgent):
+    """Tries one program after the other."""
+
+    @abc.abstractmethod
+    def propose(self) -> Iterator[Moves]:
+        """What to try, for ever."""
+
+    def search(self) -> Script:
+        for moves in self.propose():
+            if not (yield from self.run(moves)):
+                return
+            yield from self.submit_if_better()
+
+
+class RandomAgent(ProposingAgent):
     """Every number anywhere in its range, each time anew."""
 
     def propose(self) -> Iterator[Moves]:
@@ -161,7 +170,7 @@ class RandomAgent(SearchAgent):
             yield tuple(self.random.uniform(-1, 1) for _ in range(self.size))
 
 
-class GreedyAgent(SearchAgent):
+class GreedyAgent(ProposingAgent):
     """One or two numbers of the best so far, moved: kept if that is better, else discarded."""
 
     def propose(self) -> Iterator[Moves]:
@@ -169,14 +178,17 @@ class GreedyAgent(SearchAgent):
             yield self.near(self.best.moves, self.spread, self.random.choice((1, 2)))
 
 
-class BayesAgent(SearchAgent):
-    """Tree-structured Parzen estimator (Bergstra et al. 2011), by Optuna."""
+class BayesAgent(ProposingAgent):
+    """Tree-structured Parzen estimator (Bergstra et al. 2011), by Optuna. Raises `ActionError` without it."""
+
+    def __init__(self, tier: Tier, seed: int | None = None) -> None:
+        super().__init__(tier, seed)
+        if not util.find_spec("optuna"):
+            raise ActionError("the bayes agent needs Optuna: pip install 'nanogpt_env[agents]'")
 
     def propose(self) -> Iterator[Moves]:
-        try:
-            import optuna
-        except ImportError as error:
-            raise ImportError("the bayes agent needs Optuna: pip install 'nanogpt_env[agents]'") from error
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sampler = optuna.samplers.TPESampler(seed=self.random.getrandbits(32), multivariate=True, n_startup_trials=8)
         study = optuna.create_study(sampler=sampler)
@@ -196,10 +208,14 @@ class BayesAgent(SearchAgent):
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
 
-class HalvingAgent(SearchAgent):
+class HalvingAgent(ProposingAgent):
     """Successive halving: many programs at a short schedule, the better third at one three times as long, and so on."""
 
     many, share = 9, 3
+
+    def __init__(self, tier: Tier, seed: int | None = None) -> None:
+        super().__init__(tier, seed)
+        self.shorter, self.short = 1.0, list[Tried]()
 
     def propose(self) -> Iterator[Moves]:
         while True:
@@ -216,10 +232,6 @@ class HalvingAgent(SearchAgent):
                     break
             self.shorter = 1.0
             yield from bracket
-
-    def __init__(self, tier: Tier, seed: int | None = None) -> None:
-        super().__init__(tier, seed)
-        self.shorter, self.short = 1.0, list[Tried]()
 
     def horizon(self) -> int | None:
         whole = super().horizon()
@@ -250,9 +262,9 @@ class ForkingAgent(SearchAgent):
 
     width = 4
 
+    @abc.abstractmethod
     def rounds(self) -> Iterator[Sequence[Moves]]:
         """Programs to try together, round by round."""
-        raise NotImplementedError
 
     def search(self) -> Script:
         for together in self.rounds():
