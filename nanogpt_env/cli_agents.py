@@ -132,6 +132,7 @@ def compare(
     names: Annotated[str, typer.Option("--agents", help="With commas between; names as for `play`.")] = "random,greedy",
     episodes: Annotated[int, typer.Option(min=1, help="Of each agent.")] = 8,
     budget: BudgetOption = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Episodes at a time: as many as there are free cores.")] = 1,
     output: Annotated[Path, typer.Option(help="Folder for episodes, summary and picture.")] = Path("compare-output"),
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
@@ -143,7 +144,7 @@ def compare(
     _own_modules()
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     with display.watch_counts() as counts:
-        entries = compare_agents(tier, chosen, episodes, output, budget_of(budget), sandbox, counts)
+        entries = compare_agents(tier, chosen, episodes, output, budget_of(budget), sandbox, at_once, counts)
     rows = summarize(entries)
     picture = output / "compare.png"
     try:

@@ -5,12 +5,13 @@ Every episode is kept in a file as soon as it has ended, so that an interrupted 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
+import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Entry(Record):
     """of it outside of actions: the agent's own"""
     trusted: bool
     ledger: str
+    """below the folder of the comparison"""
 
 
 class Summary(Record):
@@ -73,26 +75,36 @@ def compare(
     folder: Path,
     budget: Mapping[str, float],
     sandbox: str = "auto",
+    at_once: int = 1,
     report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Entry]:
-    """Play what is not in the folder yet, the agents in turn. Raises as an episode does."""
+    """Play what is not in the folder yet, the agents in turn, `at_once` episodes at a time.
+
+    Raises as an episode does."""
     makers = {name: find_agent(name) for name in agents}
     path = folder / "episodes.jsonl"
-    found: list[Entry] = []
-    with closing(Speedrun(tier, sandbox=sandbox, state_dir=folder, budget=budget)) as env:
+    free: queue.SimpleQueue[Speedrun] = queue.SimpleQueue()
+    with ExitStack() as stack:
+        # left in reverse: no further episode, an end to what is under way, then the threads that wait for it
+        pool = stack.enter_context(ThreadPoolExecutor(at_once))
+        for _ in range(at_once):
+            env = Speedrun(tier, sandbox=sandbox, state_dir=folder, budget=budget)
+            free.put(stack.enter_context(closing(env)))
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         known = {"tier": env.tier.name, "fingerprint": env.tier.fingerprint(), "budget": dict(budget)}
         kept = {(e.agent, e.episode): e for e in _read(path) if e.model_dump(include=set(known)) == known}
-        wanted = list(itertools.product(range(episodes), makers))  # in turn: what drifts, drifts for all
-        for done, (number, name) in enumerate(wanted):
+        wanted = [(name, number) for number in range(episodes) for name in makers]  # what drifts, drifts for all
+        missing = [key for key in wanted if key not in kept]
+        report("episodes", len(wanted) - len(missing), len(wanted))
+        playing = [pool.submit(_play, free, name, makers[name], number, known) for name, number in missing]
+        for done, future in enumerate(as_completed(playing), len(wanted) - len(missing) + 1):
+            entry = future.result()
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(entry.model_dump_json() + "\n")
+            kept[entry.agent, entry.episode] = entry
             report("episodes", done, len(wanted))
-            if (name, number) not in kept:
-                kept[name, number] = _play(env, name, makers[name], number, known)
-                folder.mkdir(parents=True, exist_ok=True)
-                with path.open("a") as file:
-                    file.write(kept[name, number].model_dump_json() + "\n")
-            found.append(kept[name, number])
-        report("episodes", len(wanted), len(wanted))
-    return found
+    return [kept[key] for key in wanted]
 
 
 def _read(path: Path) -> list[Entry]:
@@ -109,7 +121,9 @@ def _read(path: Path) -> list[Entry]:
     return found
 
 
-def _play(env: Speedrun, name: str, make: Callable[[Any], Any], number: int, known: Mapping[str, Any]) -> Entry:
+def _play(
+    free: queue.SimpleQueue[Speedrun], name: str, make: Callable[[Any], Any], number: int, known: Mapping[str, Any]
+) -> Entry:
     began, acting, at = time.monotonic(), 0.0, 0.0
 
     def on_action(_: Any) -> None:
@@ -120,12 +134,16 @@ def _play(env: Speedrun, name: str, make: Callable[[Any], Any], number: int, kno
         nonlocal acting
         acting += time.monotonic() - at
 
-    played = play(env, make(env.tier), on_step, on_action)
+    env = free.get()
+    try:
+        played = play(env, make(env.tier), on_step, on_action)
+    finally:
+        free.put(env)
     wall = time.monotonic() - began
-    ledger = str(played.info["ledger"])
+    ledger = Path(played.info["ledger"])
     return Entry(
-        agent=name, episode=number, **known, **from_ledger(Path(ledger)), wall_seconds=wall, idle_seconds=wall - acting,
-        ledger=ledger,
+        agent=name, episode=number, **known, **from_ledger(ledger), wall_seconds=wall, idle_seconds=wall - acting,
+        ledger=f"{ledger.parent.name}/{ledger.name}",
     )  # fmt: skip
 
 
