@@ -22,7 +22,7 @@ def _no_truth(value: Any) -> Any:
     return value
 
 
-PositiveSteps = Annotated[int, BeforeValidator(_no_truth), Field(ge=1, le=10**9)]
+PositiveSteps = Annotated[int, Field(ge=1, le=10**9), BeforeValidator(_no_truth)]
 
 
 class ReadFile(Record):
@@ -70,7 +70,7 @@ class Run(Record):
     type: Literal["run"] = "run"
     horizon: PositiveSteps | None = None
     steps: PositiveSteps | None = None
-    seed: Annotated[int, BeforeValidator(_no_truth), Field(ge=0, le=MAX_SEED)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_no_truth)] | None = None
     wait: bool = True
 
 
@@ -118,6 +118,34 @@ ACTION_TYPES: tuple[type[Action], ...] = (
 ACTION_NAMES = tuple(t.model_fields["type"].default for t in ACTION_TYPES)
 
 _ADAPTER: TypeAdapter[Action] = TypeAdapter(Annotated[Action, Field(discriminator="type")])
+
+
+def tool_schemas() -> dict[str, tuple[str, dict[str, Any]]]:
+    """By the name of each action: what it does and the JSON schema of its fields, as tool-calling models take them."""
+    found = {}
+    for action in ACTION_TYPES:
+        schema = action.model_json_schema()
+        fields = {key: _plain(field) for key, field in schema["properties"].items()}
+        name = fields.pop("type")["const"]
+        parameters = {"type": "object", "properties": fields, "required": schema.get("required", [])}
+        found[name] = " ".join(schema["description"].split()), parameters
+    return found
+
+
+def _plain(field: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema without titles and null: what may be left out is not required."""
+    field = next((f for f in field.get("anyOf", ()) if f["type"] != "null"), field)
+    return {key: value for key, value in field.items() if key != "title"}
+
+
+def describe_actions() -> str:
+    """The actions, one a line, with their fields; those that may be left out in brackets."""
+    lines = []
+    for name, (text, schema) in tool_schemas().items():
+        fields = [f if f in schema["required"] else f"[{f}]" for f in schema["properties"]]
+        lines.append(f"- {name}({', '.join(fields)}): {text}")
+    return "\n".join(lines)
+
 
 # Fields of the flat dict in `action_space` -> fields of an action. "" and 0 mean "not given".
 _FLAT_TEXT = ("path", "text", "old", "handle")

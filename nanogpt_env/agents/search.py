@@ -31,6 +31,12 @@ CONFIRMATIONS = 3
 FIRST = 0.9
 """share of the start record's horizon that the first run has"""
 
+
+def needed(size: float, above: float) -> float:
+    """Steps (or time) to the target, by a run of `size` that ended so many nats `above` it."""
+    return size * math.exp(min((above + MARGIN) / SCALE, 50.0))
+
+
 Moves = tuple[float, ...]
 Result = tuple[dict[str, Any], dict[str, Any]]
 Script = Generator[Action, Result, Any]
@@ -121,8 +127,7 @@ class SearchAgent(abc.ABC):
         if horizon is None:
             self.start_seconds = self.start_seconds or size  # the first run is the start program's
             size /= self.start_seconds
-        away = (loss - self.tier.table.training.target + MARGIN) / SCALE
-        self.tried.append(Tried(moves, source, horizon, loss, size * math.exp(min(away, 50.0))))
+        self.tried.append(Tried(moves, source, horizon, loss, needed(size, loss - self.tier.table.training.target)))
 
     def submit_if_better(self, last: bool = False) -> Script:
         """Have the best program verified, if it looks good enough."""
