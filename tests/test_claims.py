@@ -97,6 +97,16 @@ def test_points_are_shifted_to_the_whole_shard(tier):
     assert claim(tier, run(0.05, shift=-0.03)) == claim(tier, run(0.08))
 
 
+def test_one_lucky_point_is_not_claimed(tier):
+    """A curve that goes up and down: its best point is no better than its neighbours."""
+    steps = range(140, 201, 10)
+    rough = make_run([(s, TARGET - 0.02 + 0.001 * (200 - s) - (0.05 if s == 160 else 0)) for s in steps])
+    smooth = run(0.02, steps=steps)
+    lucky = min(s for s, loss in zip(*curve(rough, "val_public"), strict=True) if loss < TARGET)
+    assert lucky > 160
+    assert curve(smooth, "val_public")[1] == pytest.approx([TARGET - 0.02 + 0.001 * (200 - s) for s in steps])
+
+
 def test_only_steps_that_every_run_reached(tier):
     long, short = run(0.2, steps=(50, 100, 150, 200)), run(0.2, steps=(50, 100, 120))
     assert claim(tier, long, short) <= 120

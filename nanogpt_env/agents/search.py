@@ -7,10 +7,11 @@ would just reach the target, and submit what promises to need clearly less than 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 import random
+import statistics
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from importlib import util
 from typing import Any
 
@@ -42,7 +43,7 @@ Result = tuple[dict[str, Any], dict[str, Any]]
 Script = Generator[Action, Result, Any]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Tried:
     """A program that was run. `need`: steps to the target, or the share of the start's seconds, as it looks."""
 
@@ -95,7 +96,19 @@ class SearchAgent(abc.ABC):
 
     @property
     def best(self) -> Tried:
-        return min(self.tried, key=lambda t: t.need)
+        """The last run of the program that needs least, by the mean of its runs."""
+        return self.ranked()[0]
+
+    def ranked(self) -> list[Tried]:
+        """Of each program the last run, with its mean need; the best first."""
+        by_moves: dict[Moves, list[Tried]] = {}
+        for tried in self.tried:
+            by_moves.setdefault(tried.moves, []).append(tried)
+        means = [
+            dataclasses.replace(runs[-1], need=statistics.geometric_mean(t.need for t in runs))
+            for runs in by_moves.values()
+        ]
+        return sorted(means, key=lambda t: t.need)
 
     # --- parts of it ---
 
@@ -138,14 +151,16 @@ class SearchAgent(abc.ABC):
             return
         self.submitted.add((best.source, best.horizon))
         yield WriteFile(path=self.file, text=best.source)
-        for _ in range(CONFIRMATIONS):
+        for _ in range(CONFIRMATIONS):  # the best of many was lucky, mostly: more runs tell
+            _, info = yield Run(horizon=best.horizon)
+            if more := "run" in info:
+                self.take(best.moves, best.source, best.horizon, info["run"])
+            losses = [t.loss for t in self.tried if (t.source, t.horizon) == (best.source, best.horizon)]
+            if sum(losses) / len(losses) > self.tier.table.training.target:
+                return
             _, info = yield Submit(horizon=best.horizon)
-            if info.get("error") != "ActionError":
+            if not more or info.get("error") != "ActionError":
                 return
-            _, info = yield Run(horizon=best.horizon)  # its runs do not support a claim yet
-            if "run" not in info:
-                return
-            self.take(best.moves, best.source, best.horizon, info["run"])
 
     def near(self, moves: Moves, spread: float, count: int | None = None) -> Moves:
         """Some of the numbers, all by default, moved a little further."""
@@ -253,7 +268,7 @@ class HalvingAgent(ProposingAgent):
             self.short.append(Tried(moves, source, horizon, loss, loss))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Running:
     env: Speedrun
     moves: Moves
@@ -320,6 +335,6 @@ class TreeAgent(ForkingAgent):
 
     def rounds(self) -> Iterator[Sequence[Moves]]:
         while True:
-            ranked = sorted({t.moves: t for t in self.tried}.values(), key=lambda t: t.need)[: self.parents]
+            ranked = self.ranked()[: self.parents]
             children = self.width // len(ranked)
             yield [self.near(t.moves, self.spread, 2) for t in ranked for _ in range(children)]
