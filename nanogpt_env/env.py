@@ -358,7 +358,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
     def _info(self, extra: Mapping[str, Any] | None = None) -> Info:
         e = self.episode
         return {
-            "episode": e.id,
+            "episode_id": e.id,
             "ledger": str(e.ledger.path),
             "snapshot": self.workspace.snapshot,
             "best": e.best,

@@ -100,7 +100,7 @@ def test_a_vector_of_environments_edits_apart(tmp_path):
     observation, info = envs.reset(seed=1)
     assert observation["scores"].shape == (2, len(SCORES))
     assert observation["budget"].shape == (2, len(METERS))
-    assert len(set(info["episode"])) == 2
+    assert len(set(info["episode_id"])) == 2
     models = [WriteFile(path="optimizer.py", text=f"x = {i}\n") for i in range(2)]
     flat = [to_flat(m) for m in models]
     batch = {key: tuple(f[key] for f in flat) for key in flat[0]}

@@ -118,7 +118,7 @@ def test_reset_ends_the_episode_before_it(make):
     _, info = env.reset()
     assert backend.runs[0].cancelled
     assert first.over == "reset"
-    assert info["episode"] != first.id
+    assert info["episode_id"] != first.id
     assert info["budget"]["runs"]["spent"] == 0
     assert env.workspace.files == {"optimizer.py": SLOW}
 

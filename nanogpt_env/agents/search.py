@@ -11,6 +11,7 @@ import dataclasses
 import math
 import random
 import statistics
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from importlib import util
 from typing import Any
@@ -191,39 +192,51 @@ class RandomAgent(ProposingAgent):
 
 
 class GreedyAgent(ProposingAgent):
-    """One or two numbers of the best so far, moved: kept if that is better, else discarded."""
+    """Two or three numbers of the best so far, moved: kept if that is better, else discarded."""
+
+    spread = 0.4
 
     def propose(self) -> Iterator[Moves]:
         while True:
-            yield self.near(self.best.moves, self.spread, self.random.choice((1, 2)))
+            yield self.near(self.best.moves, self.spread, self.random.choice((2, 3)))
 
 
 class BayesAgent(ProposingAgent):
-    """Tree-structured Parzen estimator (Bergstra et al. 2011), by Optuna. Raises `ActionError` without it."""
+    """A Gaussian process of what programs need, tried where it expects to improve most (Optuna's `GPSampler`).
+
+    Raises `ActionError` without Optuna and PyTorch."""
+
+    anywhere = 6
+    """programs that are tried before it is asked"""
+    worst = 0.5
+    """how much longer than the start program, on a log scale, one may look: what diverged would bend the surface"""
 
     def __init__(self, tier: Tier, seed: int | None = None) -> None:
         super().__init__(tier, seed)
-        if not util.find_spec("optuna"):
-            raise ActionError("the bayes agent needs Optuna: pip install 'nanogpt_env[agents]'")
+        if not (util.find_spec("optuna") and util.find_spec("torch")):
+            raise ActionError("the bayes agent needs Optuna and PyTorch: pip install 'nanogpt_env[agents,train]'")
 
     def propose(self) -> Iterator[Moves]:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.TPESampler(seed=self.random.getrandbits(32), multivariate=True, n_startup_trials=8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.GPSampler(
+                seed=self.random.getrandbits(31), n_startup_trials=self.anywhere, deterministic_objective=False
+            )
         study = optuna.create_study(sampler=sampler)
+        first = math.log(self.best.need)
         space: dict[str, optuna.distributions.BaseDistribution] = {
             str(i): optuna.distributions.FloatDistribution(-1, 1) for i in range(self.size)
         }
-        study.add_trial(
-            optuna.create_trial(params=dict.fromkeys(space, 0.0), distributions=space, value=math.log(self.best.need))
-        )
+        study.add_trial(optuna.create_trial(params=dict.fromkeys(space, 0.0), distributions=space, value=first))
         while True:
             trial = study.ask(space)
             before = len(self.tried)
             yield tuple(trial.params[name] for name in space)
             if len(self.tried) > before:
-                study.tell(trial, math.log(self.tried[before].need))
+                study.tell(trial, min(math.log(self.tried[before].need), first + self.worst))
             else:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
