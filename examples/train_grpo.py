@@ -7,8 +7,8 @@ verification accepts.
 Each step plays one group of rollouts, an episode each, and moves the model towards those that recovered more than the
 group's mean. `grpo/` takes the model and its checkpoints, `curve.jsonl` with a line a step, and `episodes/` with every
 ledger. `--resume` goes on from the last checkpoint. TRL calls tools one after the other, so a step takes as long as all
-runs and reruns of its group together, on nano-steps some ten seconds each; identical runs are trained once. On a tier
-for GPUs those must not be the ones that the language model is on.
+runs and reruns of its group together, on nano-steps some ten seconds each; identical runs are trained once. This is
+for tiers that train on CPU cores: one for GPUs would find the language model's in use, and no rollout had a reward.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -45,7 +47,9 @@ class SpeedrunTools:
         """Begin an episode: what the model is told."""
         observation, _ = self.env.reset()
         self.reward, self.failed, self.over = 0.0, False, False
-        return f"{observation['text']}\n\n{HOW_TO}"
+        # GRPO compares answers to one prompt, in which no clock may differ
+        text = re.sub(r"(wall_seconds:) \S+", r"\1 0", observation["text"])
+        return f"{text}\n\n{HOW_TO}"
 
     def get_reward(self) -> float | None:
         """What was recovered, as verified. None if our side failed: TRL leaves such a rollout out of the group's mean
@@ -145,6 +149,7 @@ def train(args: argparse.Namespace, make: Callable[[], Speedrun]) -> GRPOTrainer
         lr_scheduler_type="constant",
         logging_steps=1,
         save_steps=args.save_every,
+        bf16=torch.cuda.is_available(),
         report_to="none",
         seed=args.seed,
     )

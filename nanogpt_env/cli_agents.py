@@ -17,7 +17,7 @@ from nanogpt_env.cli_options import BudgetOption, JsonOption, SandboxOption, Tie
 from nanogpt_env.compare import Entry, Summary, summarize
 from nanogpt_env.compare import compare as compare_agents
 from nanogpt_env.display import console, errors, print_json, say
-from nanogpt_env.errors import ActionError
+from nanogpt_env.errors import ActionError, AgentError
 from nanogpt_env.tracks import Tier
 
 _SPENT_ON = {
@@ -36,14 +36,21 @@ def add_agent_commands(app: typer.Typer) -> None:
 def play(
     tier: TierOption = "nano-steps",
     agent: Annotated[str, typer.Option(help="Its name (`ladder`, `greedy`, ...), or module:Class.")] = "ladder",
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="KEY=VALUE, an argument of the agent's class; may be repeated.", metavar="KEY=VALUE"
+        ),
+    ] = None,
     budget: BudgetOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder for ledger, summary and picture.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of an episode that was interrupted, to go on.")] = None,
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
 ) -> int:
     """Let an agent play one episode: edits, training runs, submissions, verified rewards."""
     _own_modules()
-    make = agents.find_agent(agent)
+    make = agents.find_agent(agent, _options(options))
     if output:
         output.mkdir(parents=True, exist_ok=True)
 
@@ -58,7 +65,13 @@ def play(
             if not as_json:
                 say(text if name in ("run", "submit", "stop") else text.strip().split("\n")[0])
 
-        played = agents.play(env, make(env.tier), tell, announce)
+        player = make(env.tier)
+        try:
+            played = agents.play(env, player, tell, announce, resume)
+        except (AgentError, KeyboardInterrupt):
+            env.leave()
+            errors.print(f"to go on: the same command with --resume {env.episode.folder}", markup=False, soft_wrap=True)
+            raise
         loaded = env.tier
     summary = {
         "tier": loaded.name,
@@ -80,6 +93,20 @@ def play(
     else:
         _print_summary(summary)
     return 0
+
+
+def _options(given: list[str] | None) -> dict[str, Any]:
+    """Values are JSON where they can be, else text."""
+    found: dict[str, Any] = {}
+    for option in given or ():
+        key, separator, value = option.partition("=")
+        if not (separator and key.isidentifier()):
+            raise typer.BadParameter(f"an argument of an agent is KEY=VALUE, not {option!r}")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
 
 
 def _name(action: Any) -> str:

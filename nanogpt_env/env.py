@@ -194,6 +194,10 @@ class Speedrun(gymnasium.Env[Observation, Any]):
             return report.state_text(self.episode)
         return None
 
+    def leave(self) -> None:
+        """Give the episode up where it is, with nothing left running, so that `resume` can go on with it."""
+        self._going().leave()
+
     def close(self) -> None:
         """End the episode and everything it started. Safe to call twice."""
         try:

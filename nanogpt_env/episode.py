@@ -65,7 +65,7 @@ class Episode:
         self.runs: dict[str, AgentRun] = {}
         self.verdicts: list[Verdict] = []
         self.over = ""
-        self._steps, self._finished, self._lock = 0, False, threading.Lock()
+        self._steps, self._finished, self._left, self._lock = 0, False, False, threading.Lock()
         self._submitted = 0
         self._by_program: dict[tuple[str, Plan | None], Verdict] = {}
         self.ledger = Ledger(self.folder / "ledger.jsonl")
@@ -311,14 +311,20 @@ class Episode:
         self.collect()
         self._close()
 
+    def leave(self) -> None:
+        """Cancel what runs, charge it and close the ledger without an end: `resume` can go on with the episode."""
+        self._left = True
+        self.end("left")
+
     def _close(self) -> None:
         with self._lock:
             if not self.over or self._steps or self._finished:
                 return
             self._finished = True
         try:
-            fields = {"best": self.best, "recovered": self.recovered, "budget": self.budget.status()}
-            self.ledger.append("end", reason=self.over, **fields)
+            if not self._left:
+                fields = {"best": self.best, "recovered": self.recovered, "budget": self.budget.status()}
+                self.ledger.append("end", reason=self.over, **fields)
         finally:
             self.ledger.close()
 

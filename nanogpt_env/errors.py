@@ -7,7 +7,8 @@
     ├── BudgetError    a meter cannot pay for it; becomes an observation too
     ├── BackendError   our side failed (no torch, trainer died, disk full); never charged to the agent
     │   └── TrainerKilled  its process was killed from outside: a run that is saved now and then can go on
-    └── LedgerError    a ledger cannot be read or written
+    ├── LedgerError    a ledger cannot be read or written
+    └── AgentError     an agent of ours cannot be made or cannot go on: options, a model that does not answer
 
 A candidate's own failure is no exception: it is a `RunResult` with an exit reason.
 """
@@ -44,4 +45,8 @@ class TrainerKilled(BackendError):
 
 
 class LedgerError(NanoGPTError):
+    pass
+
+
+class AgentError(NanoGPTError):
     pass

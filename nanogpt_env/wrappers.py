@@ -70,12 +70,14 @@ class Settings:
         return losses[self.tier.table.data.public] - self.tier.table.training.target if losses else None
 
     def promise(self, info: Info) -> float:
-        """Share of the human speedup, on a log scale, that a run promises on a steps track; nobody has verified it."""
+        """Share of the human speedup, on a log scale, that an attempt promises on a steps track, unverified. A claim
+        below what the program seems to need promises as little as one that is as far above."""
         above = self.above(info)
         if above is None:
             return -FURTHEST
-        need = needed(info["run"]["horizon"], above)
-        share = scoring.recovered_log(self.span.start_value, self.span.anchor_value, need)
+        claim = info["run"]["horizon"]
+        need = needed(claim, above)
+        share = scoring.recovered_log(self.span.start_value, self.span.anchor_value, max(claim, need * need / claim))
         return float(np.clip(share, -FURTHEST, FURTHEST))
 
 

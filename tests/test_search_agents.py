@@ -125,7 +125,7 @@ def test_a_malformed_action_is_told_to_the_agent(tmp_path):
 
 def test_without_optuna_the_way_out_is_named(monkeypatch):
     monkeypatch.setattr("nanogpt_env.agents.search.util.find_spec", lambda name: None)
-    with pytest.raises(ActionError, match=r"nanogpt_env\[agents\]"):
+    with pytest.raises(ActionError, match=r"nanogpt_env\[agents,train\]"):
         AGENTS["bayes"](TIER)
 
 

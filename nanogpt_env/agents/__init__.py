@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from nanogpt_env.agents.ladder import LadderAgent
@@ -20,7 +23,7 @@ class Agent(Protocol):
     def act(self, observation: dict[str, Any], info: dict[str, Any]) -> Any: ...
 
 
-AGENTS: dict[str, Callable[[Tier], Agent]] = {
+AGENTS: dict[str, Callable[..., Agent]] = {
     "ladder": LadderAgent,
     "random": RandomAgent,
     "greedy": GreedyAgent,
@@ -31,14 +34,25 @@ AGENTS: dict[str, Callable[[Tier], Agent]] = {
 }
 
 
-def find_agent(name: str) -> Callable[[Tier], Agent]:
-    """By its name here, or as 'module:Class'; called with the tier it gives an agent. Raises `ActionError`."""
+def find_agent(name: str, options: Mapping[str, Any] | None = None) -> Callable[[Tier], Agent]:
+    """By its name here, or as 'module:Class'; called with the tier it gives an agent. `options`: further arguments.
+
+    Raises `ActionError` for a name that is none and for options that it does not take."""
+    make = _find(name)
+    try:
+        inspect.signature(make).bind(None, **(options or {}))
+    except TypeError as error:
+        raise ActionError(f"agent {name!r}: {error}") from None
+    return partial(make, **(options or {}))
+
+
+def _find(name: str) -> Callable[..., Agent]:
     if name in AGENTS:
         return AGENTS[name]
     if ":" not in name:
         raise ActionError(f"no agent {name!r}: it is one of {', '.join(AGENTS)}, or module:Class")
     try:
-        found: Callable[[Tier], Agent] = pkgutil.resolve_name(name)
+        found: Callable[..., Agent] = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ActionError(f"agent {name!r} cannot be imported: {error}") from None
     return found
@@ -65,13 +79,15 @@ def play(
     agent: Agent,
     on_step: Callable[[str, str, float], None] = lambda *_: None,
     on_action: Callable[[Any], None] = lambda action: None,
+    resume: str | Path | None = None,
 ) -> Played:
-    """One episode from `reset` to its end. `on_action(action)` is called before each action, `on_step(name, text,
-    reward)` after it. An agent that has a method `attach` gets the environment first, to fork it.
+    """One episode to its end, from `reset` or, with the folder of one that was left, from there. `on_action(action)` is
+    called before each action, `on_step(name, text, reward)` after it. An agent that has a method `attach` gets the
+    environment first, to fork it.
 
     Raises `BackendError` when our side fails: the agent here could only go on without its run."""
     played = Played()
-    observation, info = env.reset()
+    observation, info = env.resume(resume) if resume else env.reset()
     if attach := getattr(agent, "attach", None):
         attach(env)
     over = False
