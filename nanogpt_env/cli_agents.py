@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from rich.table import Table
 
 from nanogpt_env import agents, display
 from nanogpt_env.actions import parse_action
+from nanogpt_env.agents.isolation import IsolatedAgent
+from nanogpt_env.agents.remote import RemoteAgent
 from nanogpt_env.cli_options import BudgetOption, JsonOption, SandboxOption, TierOption, budget_of, environment
 from nanogpt_env.compare import Entry, Summary, summarize
 from nanogpt_env.compare import compare as compare_agents
@@ -45,12 +48,22 @@ def play(
     budget: BudgetOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder for ledger, summary and picture.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of an episode that was interrupted, to go on.")] = None,
+    isolate: Annotated[bool, typer.Option("--isolate", help="Run the agent in a sandbox of its own.")] = False,
+    network: Annotated[bool, typer.Option("--network", help="Let an isolated agent use the network.")] = False,
+    listen: Annotated[
+        Path | None, typer.Option(help="Socket to wait at for an agent in another user or container.")
+    ] = None,
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
 ) -> int:
-    """Let an agent play one episode: edits, training runs, submissions, verified rewards."""
+    """Let an agent play one episode: edits, training runs, submissions, verified rewards.
+
+    What an agent module:Class gets verified is `trusted: false` unless it is isolated or comes to a socket: here it
+    could do all that your user can.
+    """
     _own_modules()
-    make = agents.find_agent(agent, _options(options))
+    make = _maker(agent, _options(options), isolate, network, listen)
+    trusted = isolate or listen is not None or agent in agents.AGENTS
     if output:
         output.mkdir(parents=True, exist_ok=True)
 
@@ -58,7 +71,7 @@ def play(
         if not as_json:
             console.print(f"> {_name(action)}", style="bold")
 
-    with environment(tier, sandbox, output, budget_of(budget)) as (env, progress):
+    with environment(tier, sandbox, output, budget_of(budget), trusted) as (env, progress):
 
         def tell(name: str, text: str, reward: float) -> None:
             progress.clear()
@@ -67,11 +80,16 @@ def play(
 
         player = make(env.tier)
         try:
+            if listen:
+                errors.print(f"waiting for an agent at {listen}", markup=False)
             played = agents.play(env, player, tell, announce, resume)
         except (AgentError, KeyboardInterrupt):
             env.leave()
             errors.print(f"to go on: the same command with --resume {env.episode.folder}", markup=False, soft_wrap=True)
             raise
+        finally:
+            if isinstance(player, IsolatedAgent | RemoteAgent):
+                player.close()
         loaded = env.tier
     summary = {
         "tier": loaded.name,
@@ -93,6 +111,20 @@ def play(
     else:
         _print_summary(summary)
     return 0
+
+
+def _maker(
+    agent: str, options: dict[str, Any], isolate: bool, network: bool, listen: Path | None
+) -> Callable[[Tier], agents.Agent]:
+    if listen:
+        if isolate:
+            raise typer.BadParameter("give --isolate or --listen: an agent that comes to a socket is where it is")
+        return lambda tier: RemoteAgent(tier, listen)
+    if isolate:
+        return lambda tier: IsolatedAgent(tier, agent, options, network)
+    if network:
+        raise typer.BadParameter("--network is for --isolate: an agent that is not isolated has it anyway")
+    return agents.find_agent(agent, options)
 
 
 def _options(given: list[str] | None) -> dict[str, Any]:
@@ -208,4 +240,4 @@ def _print_comparison(rows: list[Summary], entries: list[Entry]) -> None:
         parts = ", ".join(f"{s:.0f} s {_SPENT_ON[kind]}" for kind, s in row.device_seconds.items() if s)
         say(f"{row.agent}: best {row.best:+.3f}; {parts}; idle {row.idle_seconds:.0f} of {row.wall_seconds:.0f} s")
     if not all(e.trusted for e in entries):
-        say("trusted: false for some episodes (no sandbox; `nanogpt-env doctor` says how to get one)")
+        say("trusted: false for some: no sandbox (`nanogpt-env doctor`), or an agent that could run code as this user")

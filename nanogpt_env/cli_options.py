@@ -59,10 +59,14 @@ def budget_of(options: list[str] | None) -> dict[str, float]:
 
 @contextmanager
 def environment(
-    tier: str, sandbox: str, state_dir: Path | None = None, budget: Mapping[str, float] | None = None
+    tier: str,
+    sandbox: str,
+    state_dir: Path | None = None,
+    budget: Mapping[str, float] | None = None,
+    agent_trusted: bool = True,
 ) -> Iterator[tuple[Speedrun, display.RunProgress]]:
     """With a progress bar; closed at the end, whatever comes."""
-    env = Speedrun(tier, sandbox=sandbox, state_dir=state_dir, budget=budget or None)
+    env = Speedrun(tier, sandbox=sandbox, state_dir=state_dir, budget=budget or None, agent_trusted=agent_trusted)
     try:
         with display.watch(env) as progress:
             yield env, progress

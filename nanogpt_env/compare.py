@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from nanogpt_env.agents import find_agent, play
+from nanogpt_env.agents import AGENTS, find_agent, play
 from nanogpt_env.env import Speedrun
 from nanogpt_env.errors import LedgerError
 from nanogpt_env.ledger import read_ledger
@@ -136,6 +136,7 @@ def _play(
 
     env = free.get()
     try:
+        env.agent_trusted = name in AGENTS
         played = play(env, make(env.tier), on_step, on_action)
     finally:
         free.put(env)

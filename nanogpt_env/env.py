@@ -57,7 +57,8 @@ class Speedrun(gymnasium.Env[Observation, Any]):
     tier: name of a tier or path of its folder. start, anchor: names of its records or, on tiers that are measured on
     public records, selectors of those (`human.PublicTable.select`), with human_only. budget: meters to override.
     sandbox: 'auto', 'bubblewrap' or 'plain'. state_dir: where ledger and evidence go. backend: what trains (default:
-    this machine). Raises `TierError` for a tier that cannot be used.
+    this machine). agent_trusted: False if what chooses the actions could run code as this user, as an agent with a
+    shell could: its verdicts say `trusted: false`. Raises `TierError` for a tier that cannot be used.
     """
 
     # annotated as Gymnasium does, hence the noqa
@@ -74,6 +75,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         sandbox: str = "auto",
         state_dir: str | Path | None = None,
         backend: Backend | None = None,
+        agent_trusted: bool = True,
         render_mode: str | None = None,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -83,7 +85,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         self.action_space = action_space()
         self.observation_space = observation_space(METERS)
         self._defaults: dict[str, Any] = {"start": start, "anchor": anchor, "human_only": human_only, "budget": budget}
-        self._state_dir = state_dir
+        self._state_dir, self.agent_trusted = state_dir, agent_trusted
         if backend is None:
             local = LocalBackend(sandbox, warm=True, hidden=(self.tier.folder, self.tier.corpus_folder()))
             backend = Shared(Queued(local, owner=uuid.uuid4().hex[:8]), local.kind)
@@ -123,7 +125,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         if self._episode is not None and self._owns_episode:
             self._episode.end("reset")
         folder = Path(self._state_dir or state_dir())
-        self._episode = Episode.begin(self.tier, span, Budget(limits), self._backend, folder)
+        self._episode = Episode.begin(self.tier, span, Budget(limits), self._backend, folder, self.agent_trusted)
         self._owns_episode = True
         self._new_workspace(self._episode)
         self.history = []
@@ -144,6 +146,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         episode = resume(folder, self.tier, self._backend, snapshots)
         if self._episode is not None and self._owns_episode:
             self._episode.end("resumed another")
+        episode.agent_trusted = episode.agent_trusted and self.agent_trusted
         self._episode, self._owns_episode = episode, True
         self._new_workspace(episode)
         try:

@@ -56,9 +56,11 @@ class AgentRun:
 class Episode:
     """Begun by `begin`, or by `resume` from what it left. `folder` takes the ledger and the sealed evidence."""
 
-    def __init__(self, tier: Tier, span: Span, budget: Budget, backend: Backend, folder: Path, name: str) -> None:
+    def __init__(
+        self, tier: Tier, span: Span, budget: Budget, backend: Backend, folder: Path, name: str, agent_trusted: bool
+    ) -> None:
         self.tier, self.span, self.budget, self.backend = tier, span, budget, backend
-        self.id, self.folder = name, folder
+        self.id, self.folder, self.agent_trusted = name, folder, agent_trusted
         self.start_program = Program(span.start, tier.record(span.program).sources, span.start_value)
         self.frontier = self.start_program
         """the best verified program so far"""
@@ -71,11 +73,13 @@ class Episode:
         self.ledger = Ledger(self.folder / "ledger.jsonl")
 
     @classmethod
-    def begin(cls, tier: Tier, span: Span, budget: Budget, backend: Backend, state: Path) -> Episode:
+    def begin(
+        cls, tier: Tier, span: Span, budget: Budget, backend: Backend, state: Path, agent_trusted: bool
+    ) -> Episode:
         """A new one, in a folder of its own below `state`."""
         name = secrets.token_hex(8)
         folder = state / f"{time.strftime('%Y%m%dT%H%M%S')}-{tier.name}-{name}"
-        self = cls(tier, span, budget, backend, folder, name)
+        self = cls(tier, span, budget, backend, folder, name, agent_trusted)
         self.ledger.append(
             "episode",
             version=VERSION,
@@ -89,6 +93,7 @@ class Episode:
             reward_form=tier.table.reward.form,
             tests=tier.trial_fields(),
             budget=budget.limits,
+            agent_trusted=agent_trusted,
             time=time.time(),
         )
         return self
@@ -265,6 +270,7 @@ class Episode:
             self.ledger.append("void", submission=submission.id)
             raise
         self._settle(submission.id, reservation, {"submissions": 1.0})
+        verdict = verdict.model_copy(update={"trusted": verdict.trusted and self.agent_trusted})
         self.verdicts.append(verdict)
         self._by_program[key] = verdict
         self.ledger.append("verdict", **verdict.model_dump(exclude={"cached"}))

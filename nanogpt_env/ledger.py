@@ -11,7 +11,7 @@ from typing import Any
 
 from nanogpt_env.errors import LedgerError
 
-VERSION = 3
+VERSION = 4
 # what must survive a crash of the machine, not only of the process, before anybody acts on it
 _SYNCED = frozenset({"episode", "charge", "rerun", "verdict", "reward", "end"})
 

@@ -56,7 +56,10 @@ def verdict_text(verdict: Verdict, reward: float, episode: Episode) -> str:
     same = "This program" if verdict.claim is None else "This program, claim and horizon"
     cached = f" {same} had their verdict before; nothing was rerun." if verdict.cached else ""
     audit = f"\n{audit_text(verdict.audit)}" if verdict.audit else ""
-    trust = "" if verdict.trusted else "\ntrusted: false (no sandbox; `nanogpt-env doctor` says how to get one)"
+    why = "no sandbox; `nanogpt-env doctor` says how to get one"
+    if not episode.agent_trusted:
+        why = "the agent could run code as this user"
+    trust = "" if verdict.trusted else f"\ntrusted: false ({why})"
     if verdict.accepted and reward == 0 and not verdict.cached:
         trust += f"\nno reward: the frontier is at {episode.tier.format(episode.best)} already"
     return (

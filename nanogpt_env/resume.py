@@ -68,7 +68,7 @@ def _opened(path: Path, head: Mapping[str, Any], tier: Tier, backend: Backend) -
     # it cannot be told when it died: at the latest when it last wrote
     budget = Budget(head["budget"], elapsed=max(0.0, path.stat().st_mtime - head["time"]))
     span = tier.span(head["start"]["record"], head["anchor"]["record"], head.get("human_only"))
-    return Episode(tier, span, budget, backend, path.parent, head["episode"])
+    return Episode(tier, span, budget, backend, path.parent, head["episode"], head["agent_trusted"])
 
 
 class _Past:

@@ -24,8 +24,8 @@ LAYERS = [
     "claims", "workspace", "judging", "judging.static", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "literals", "episode", "resume", "report", "spaces", "env", "agents.ladder",
-    "agents.search", "agents.language", "agents", "wrappers", "compare", "plots", "measure", "calibrate",
-    "calibrate_wallclock",
+    "agents.search", "agents.language", "agents", "agents.remote", "agents.isolation", "wrappers", "compare", "plots",
+    "measure", "calibrate", "calibrate_wallclock",
     "published", "trap", "testing", "attacks.cases", "attacks.naive", "attacks.suite", "attacks",
     "display", "cli_options", "cli_agents", "cli_data", "cli_host", "cli_records", "cli_tiers", "cli",
 ]  # fmt: skip

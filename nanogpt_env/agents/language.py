@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ class Talk:
 class LanguageAgent(abc.ABC):
     """model: its name at the provider. tokens, dollars: limits of an episode, input and output together; dollars need
     the `input_price` and `output_price` of a million tokens. context: tokens after which a conversation begins anew.
-    notes: folder of the notes, by default `agent` beside the ledger."""
+    notes: their folder, by default `agent` beside the ledger, or the working directory where that is not seen."""
 
     def __init__(
         self,
@@ -149,7 +150,8 @@ class LanguageAgent(abc.ABC):
 
     def _see(self, text: str, info: dict[str, Any]) -> None:
         if self.notes is None:
-            self.notes = Path(info["ledger"]).parent / "agent"
+            folder = Path(info["ledger"]).parent
+            self.notes = folder / "agent" if os.access(folder, os.W_OK) else Path.cwd()  # where it is isolated
         if not self.task:
             self.task = text
             self._load()
