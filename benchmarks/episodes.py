@@ -3,7 +3,7 @@
     python benchmarks/episodes.py [--environments 4] [--repeats 1]
 
 An episode: a run of the start record, the same in all; two runs of the candidate, with seeds of their own; and a
-submission. Candidates are one program at claims whose margins to the target follow the mix of benchmarks/false_accepts.py, 70 %
+submission. Candidates are one program at claims whose margins follow the mix of benchmarks/false_accepts.py, 70 %
 bad, 20 % near and 10 % good, in units of sigma. The ways add up: the naive one starts a process for each run, whenever
 an environment asks for it, and reruns each submission ten times; then runs wait for a core of their own (slots), start
 from a warm process, are rerun until the sequential test knows, and identical ones are trained once. Verdicts are

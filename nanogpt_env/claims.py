@@ -34,7 +34,7 @@ def curve(run: RunResult, shard: str) -> tuple[list[int], list[float]]:
     """(steps, losses): the evaluated steps of a completed run with their loss on the whole `shard`.
 
     Points see a small part of the shard; what part and whole differ by at the end shifts all of them. They also go up
-    and down along a run (by 0.018 nat on nano-steps at high rates, docs/benchmarks.md), so that the best of them is
+    and down along a run (by 0.018 nat on nano-steps at high rates, docs/verification.md), so that the best of them is
     mostly the luckiest: each is replaced by a line through its neighbours, near ones weighing most (Cleveland 1979).
     """
     steps, losses = (np.array(x, dtype=float) for x in zip(*run.val_points, strict=True))
