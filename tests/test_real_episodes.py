@@ -3,12 +3,16 @@
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import TINY
 from processes import descendants, left_after, of_this_process
+from test_cli import COMMAND, call, call_json
 
 from nanogpt_env import Cancel, Poll, ReadFile, Run, Speedrun, Stop, Submit, WriteFile
+from nanogpt_env.ledger import read_ledger
 from nanogpt_env.replay import replay
 from nanogpt_env.tiers import load_tier
 
@@ -143,3 +147,42 @@ def test_nothing_outlives_a_killed_command(training, arguments):
     assert len(processes) >= 3
     process.kill()
     assert left_after(processes, 10) == []
+
+
+def interrupted(folder, *arguments):
+    """`nanogpt-env` interrupted while it trains: what it told."""
+    process = subprocess.Popen(
+        [COMMAND, *map(str, arguments), "--tier", TINY, "--output", folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not any('"reserve"' in path.read_text() for path in folder.glob("*/ledger.jsonl")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    processes = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output + errors, errors
+    assert left_after(processes, 10) == []
+    return errors
+
+
+def test_an_interrupted_agent_can_go_on(tmp_path):
+    errors = interrupted(tmp_path, "play", "--agent", "greedy", "--budget", "runs=3")
+    folder = errors.split("--resume ")[1].splitlines()[0]
+    done = call(
+        "play", "--agent", "greedy", "--tier", TINY, "--output", tmp_path, "--resume", folder, "--set", "seed=1"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kinds = [line["kind"] for line in read_ledger(Path(folder) / "ledger.jsonl")[0]]
+    assert kinds.count("resume") == kinds.count("end") == 1
+
+
+def test_an_interrupted_comparison_keeps_what_has_ended(tmp_path):
+    options = ["--agents", "greedy,random", "--episodes", "1", "--at-once", "2", "--budget", "runs=3"]
+    interrupted(tmp_path, "compare", *options)
+    assert not (tmp_path / "episodes.jsonl").exists()
+    found = call_json("compare", *options, "--tier", TINY, "--output", tmp_path)
+    assert [row["episodes"] for row in found["agents"]] == [1, 1]
