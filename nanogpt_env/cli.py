@@ -88,7 +88,7 @@ def _interrupt(*_: object) -> None:
 def _fail(error: object, code: int) -> int:
     if "--json" in sys.argv:
         print_json({"error": str(error), "exit_code": code} | ({"accepted": False} if code == REJECTED else {}))
-    errors.print(f"nanogpt-env: {error}", markup=False, soft_wrap=True)
+    say(f"nanogpt-env: {error}", errors)
     return code
 
 

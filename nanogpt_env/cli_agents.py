@@ -21,6 +21,7 @@ from nanogpt_env.compare import Entry, Summary, summarize
 from nanogpt_env.compare import compare as compare_agents
 from nanogpt_env.display import console, errors, print_json, say
 from nanogpt_env.errors import ActionError, AgentError
+from nanogpt_env.tiers import load_tier
 from nanogpt_env.tracks import Tier
 
 _SPENT_ON = {
@@ -61,9 +62,12 @@ def play(
     What an agent module:Class gets verified is `trusted: false` unless it is isolated or comes to a socket: here it
     could do all that your user can.
     """
-    _own_modules()
+    if not isolate:  # what lies in this folder may be the agent's
+        _own_modules()
     make = _maker(agent, _options(options), isolate, network, listen)
-    trusted = isolate or listen is not None or agent in agents.AGENTS
+    # what comes to a socket from this machine could disturb what is timed on it
+    apart = isolate or (listen is not None and load_tier(tier).table.track == "steps")
+    trusted = apart or (listen is None and agent in agents.AGENTS)
     if output:
         output.mkdir(parents=True, exist_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,11 +25,16 @@ from nanogpt_env.types import Rerun
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
+# control characters but tab and newline, marks that turn the direction of writing, halves of surrogate pairs
+_STEERS = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff\\ud800-\\udfff]"
+)
 
 
-def say(text: str) -> None:
-    """Text as it is: no markup, and no line breaks that would cut a path in two."""
-    console.print(text, markup=False, soft_wrap=True)
+def say(text: str, where: Console = console) -> None:
+    """Text as it is: no markup, no line breaks that would cut a path in two; what would steer the terminal, which an
+    agent may have written, escaped."""
+    where.print(_STEERS.sub(lambda found: ascii(found[0])[1:-1], text), markup=False, soft_wrap=True)
 
 
 def print_json(content: object) -> None:

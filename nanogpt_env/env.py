@@ -143,10 +143,9 @@ class Speedrun(gymnasium.Env[Observation, Any]):
             snapshots = dict(kept["snapshots"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LedgerError(f"{folder} has no checkpoint to go on from: {error!r}") from None
-        episode = resume(folder, self.tier, self._backend, snapshots)
+        episode = resume(folder, self.tier, self._backend, snapshots, self.agent_trusted)
         if self._episode is not None and self._owns_episode:
             self._episode.end("resumed another")
-        episode.agent_trusted = episode.agent_trusted and self.agent_trusted
         self._episode, self._owns_episode = episode, True
         self._new_workspace(episode)
         try:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ class Ledger:
 
 def write_whole(path: Path, text: str) -> None:
     """Replace a file, or leave it as it was. Raises `LedgerError`."""
-    part = path.with_suffix(".part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # no name that somebody can lay a link at
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             file.write(text)
         part.replace(path)

@@ -40,9 +40,11 @@ class Past:
         pass
 
 
-def resume(folder: Path, tier: Tier, backend: Backend, snapshots: Mapping[str, Mapping[str, str]]) -> Episode:
-    """The episode of this folder; `snapshots` are the files of its runs, by hash. Raises `LedgerError` if it is in use,
-    has ended, is damaged, or of another tier or version of it."""
+def resume(
+    folder: Path, tier: Tier, backend: Backend, snapshots: Mapping[str, Mapping[str, str]], agent_trusted: bool
+) -> Episode:
+    """The episode of this folder; `snapshots` are the files of its runs, by hash. Its agent is trusted if that of every
+    process was. Raises `LedgerError` if it is in use, has ended, is damaged, or of another tier or version of it."""
     path = folder / "ledger.jsonl"
     lines, _ = read_ledger(path)
     if not lines or lines[0]["kind"] != "episode" or lines[0].get("version") != VERSION:
@@ -52,6 +54,7 @@ def resume(folder: Path, tier: Tier, backend: Backend, snapshots: Mapping[str, M
     episode = None
     try:
         episode = _opened(path, lines[0], tier, backend)
+        episode.agent_trusted = episode.agent_trusted and agent_trusted
         _Past(episode, snapshots).read(lines[1:])
     except BaseException as error:
         if episode:
@@ -84,7 +87,7 @@ class _Past:
             if take := getattr(self, "_" + line["kind"], None):
                 take({key: value for key, value in line.items() if key not in ("seq", "kind")})
         self._settle()
-        self.episode.ledger.append("resume")
+        self.episode.ledger.append("resume", agent_trusted=self.episode.agent_trusted)
 
     def _settle(self) -> None:
         """Charge what nobody knows the use of."""
@@ -98,6 +101,9 @@ class _Past:
         for name in self.submitted:
             episode._settle(name, episode.budget.reserve({}), {"submissions": 1.0})
             episode.ledger.append("void", submission=name)
+
+    def _resume(self, line: dict[str, Any]) -> None:
+        self.episode.agent_trusted = self.episode.agent_trusted and line["agent_trusted"]
 
     def _reserve(self, line: dict[str, Any]) -> None:
         self.reserved[line["handle"]] = line["amounts"]

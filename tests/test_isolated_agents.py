@@ -76,15 +76,21 @@ LOOKS = {
     "writing into the package": "os.access(REPOSITORY + '/nanogpt_env', os.W_OK)",
     "writing beside its module": "pathlib.Path(__file__ + 'x').write_text('x')",
     "the network": "socket.create_connection(('127.0.0.1', PORT), 2).close() or 1",
-    "a namespace of its own": "ctypes.CDLL(None, use_errno=True).unshare(0x10000000) == 0",
     "keys": "{k: v for k, v in os.environ.items() if 'KEY' in k}",
+    "keys of other processes": "[p for p in os.listdir('/proc') if p.isdigit() and b'secret' in environment(p)]",
+    "settings of the host": "os.close(os.open('/proc/sys/kernel/core_pattern', os.O_RDWR)) or 1",
+    "another installation": "list(pathlib.Path(sys.prefix).glob('lib/*/*/nanogpt_env*/_content/envs'))",
+    "keyrings": "libc.syscall(250, 0, -3, 1) >= 0",
+    "virtual machines": "socket.socket(40, socket.SOCK_STREAM).close() or 1",
+    "tracing": "traced(subprocess.Popen(['sleep', '9']))",
+    "outliving its parent": "libc.prctl(1, 0, 0, 0, 0) == 0",
+    "a namespace of its own": "libc.unshare(0x10000000) == 0",
 }
 
 
 @pytest.mark.parametrize("what", LOOKS)
 def test_what_it_cannot_reach(what, env, tmp_path, monkeypatch):
     """Each look gives nothing, or fails; `test_the_looks_see` makes the same ones without isolation."""
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with serving(Fails(500)) as server:
         agent = isolated(env, tmp_path, monkeypatch, looking(what, server, tmp_path))
         try:
@@ -94,13 +100,31 @@ def test_what_it_cannot_reach(what, env, tmp_path, monkeypatch):
     assert json.loads(env.workspace.notes) in ("nothing", None) or "Error" in env.workspace.notes, env.workspace.notes
 
 
+@pytest.fixture(autouse=True)
+def a_process_with_a_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    process = subprocess.Popen(["sleep", "60"])
+    yield
+    process.kill()
+    process.wait()
+
+
 def looking(what, server, tmp_path):
     known = {"HOME": str(Path.home()), "REPOSITORY": str(EXAMPLES.parent), "STATE": str(tmp_path / "state")}
     known["PORT"] = int(server.url.rsplit(":", 1)[1])
     names = "\n".join(f"{name} = {value!r}" for name, value in known.items())
     look = f"""
     def look(self, info):
-        import ctypes, json, os, pathlib, socket, sys
+        import ctypes, json, os, pathlib, socket, subprocess, sys
+        def environment(pid):
+            try: return pathlib.Path(f"/proc/{{pid}}/environ").read_bytes()
+            except OSError: return b""
+        libc = ctypes.CDLL(None, use_errno=True)
+        def traced(child):
+            attached = libc.ptrace(16, child.pid, 0, 0) == 0
+            child.kill()
+            child.wait()
+            return attached
         try: found = {LOOKS[what]}
         except BaseException as error: return json.dumps(f"Error: {{error!r}}")
         return json.dumps(repr(found)[:200] if found else "nothing")
@@ -108,10 +132,9 @@ def looking(what, server, tmp_path):
     return names + ONE + look
 
 
-@pytest.mark.parametrize("what", [w for w in LOOKS if w != "a namespace of its own"])
+@pytest.mark.parametrize("what", list(LOOKS)[:-1])  # the last would take this process along
 def test_the_looks_see(what, env, tmp_path, monkeypatch):
     """The same agent, not isolated, finds what it looks for: the test above can fail."""
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with serving(Fails(500)) as server:
         space = {"__file__": str(tmp_path / "tried.py")}
         exec(looking(what, server, tmp_path), space)
@@ -155,12 +178,95 @@ def test_an_agent_that_ends_is_an_error_that_says_why(source, why, env, tmp_path
     agent.close()
 
 
-def test_modules_beside_the_tiers_are_not_shown(env, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["no_such_module:Agent", "__main__:X", "..:x", ":"])
+def test_modules_that_are_not_there(name, env):
     with pytest.raises(ActionError, match="no module"):
-        IsolatedAgent(env.tier, "no_such_module:Agent", {}, False)
-    monkeypatch.setattr("nanogpt_env.agents.isolation.content_root", lambda: tmp_path / "modules" / "below")
-    with pytest.raises(AgentError, match="move it out"):
-        isolated(env, tmp_path, monkeypatch, ONE)
+        IsolatedAgent(env.tier, name, {}, False)
+
+
+@pytest.mark.parametrize("place", ["state", "modules/state"])
+def test_modules_must_be_apart_from_what_is_hidden(place, tmp_path, monkeypatch):
+    env = Speedrun("nano-steps", backend=FakeBackend(landscape), state_dir=tmp_path / place)
+    agent = isolated(env, tmp_path, monkeypatch, ONE)
+    if place == "state":
+        agent.modules = env.tier.folder / "records"
+    with pytest.raises(AgentError, match="must be apart"):
+        play(env, agent)
+    agent.close()
+    env.close()
+
+
+def test_it_is_stopped_while_the_environment_acts(env, tmp_path, monkeypatch):
+    """Also what it started: it can neither watch nor disturb what is timed."""
+    look = """
+    def look(self, info):
+        import subprocess, sys
+        burn = "with open('/agent/n', 'a', 1) as f:\\n  while True: f.write('x\\\\n')"
+        subprocess.Popen([sys.executable, "-c", burn], start_new_session=True)
+        import time; time.sleep(1)
+        return 1
+"""
+    agent = isolated(env, tmp_path, monkeypatch, ONE + look)
+    observation, info = env.reset()
+    agent.act(observation, info)
+    count = env.episode.folder / "agent" / "n"
+    before = count.stat().st_size
+    time.sleep(0.5)
+    assert count.stat().st_size == before > 0
+    agent.act(observation, info)
+    assert count.stat().st_size > before
+    agent.close()
+
+
+def test_one_untrusted_process_is_enough(env, tmp_path):
+    """An episode that went on outside of the sandbox once is not trusted again."""
+    env.reset()
+    env.leave()
+    folder = env.episode.folder
+    for trusted in (False, True):
+        again = Speedrun("nano-steps", backend=FakeBackend(landscape), agent_trusted=trusted)
+        again.resume(folder)
+        assert again.episode.agent_trusted is False
+        again.leave()
+
+
+def test_what_steers_a_terminal_is_escaped(capsys):
+    from nanogpt_env.display import say
+
+    say("\x1b]0;title\x07\x9b2J\u202eabc\n\ud800")
+    out = capsys.readouterr().out
+    assert out == "\\x1b]0;title\\x07\\x9b2J\\u202eabc\n\\ud800\n"
+
+
+def test_its_folder_is_no_way_out(env, tmp_path):
+    """Links and pipes that it laid where the notes of a language model will be."""
+    from nanogpt_env.agents.language import _read
+    from nanogpt_env.ledger import write_whole
+
+    secret, folder = tmp_path / "secret", tmp_path / "agent"
+    secret.write_text("secret")
+    folder.mkdir()
+    for name in ("plan.md", "goal.md"):
+        (folder / name).symlink_to(secret)
+    os.mkfifo(folder / "spent.json")
+    assert [_read(folder / name) for name in ("plan.md", "spent.json", "none")] == ["", "", ""]
+    write_whole(folder / "goal.md", "goal")
+    assert secret.read_text() == "secret" and not (folder / "goal.md").is_symlink()
+
+
+def test_what_it_prints_is_bounded(env, tmp_path, monkeypatch):
+    look = """
+    def look(self, info):
+        import os, sys
+        try: os.ftruncate(1, 1 << 43)
+        except OSError: pass
+        for _ in range(64): os.write(1, b"x" * (1 << 20))
+        os.write(1, b"\\nlast words\\n"); os._exit(7)
+"""
+    agent = isolated(env, tmp_path, monkeypatch, ONE + look)
+    with pytest.raises(AgentError, match="exit status 7: last words"):
+        play(env, agent)
+    agent.close()
 
 
 def test_the_public_tier(env):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ RESULT_CHARACTERS = 20_000
 """of one observation that the model is shown"""
 CHARACTERS_PER_TOKEN = 3
 """cautiously few"""
+MAX_NOTE = 200_000
+"""characters of a note that are read"""
 RETRIES = 6
 """after connections that broke during a reply; the SDKs themselves retry what is refused"""
 NUDGES = 3
@@ -213,7 +216,7 @@ class LanguageAgent(abc.ABC):
         parts = [self.task]
         for name in ("goal.md", PLAN, THREAD):
             path = self.notes / name
-            parts.append(f"# {name}\n{path.read_text(encoding='utf-8') if path.exists() else '(nothing yet)'}")
+            parts.append(f"# {name}\n{_read(path) or '(nothing yet)'}")
         return Message("user", "\n\n".join(parts))
 
     # --- the model ---
@@ -273,8 +276,8 @@ class LanguageAgent(abc.ABC):
         """Go on with what an earlier process had spent."""
         assert self.notes is not None
         path = self.notes / "spent.json"
-        if path.exists():
-            self.spent = Spent(**json.loads(path.read_text()))
+        if text := _read(path):
+            self.spent = Spent(**json.loads(text))
 
 
 def goal(tier: Tier, info: dict[str, Any]) -> str:
@@ -287,6 +290,16 @@ def goal(tier: Tier, info: dict[str, Any]) -> str:
         f"The start record is at {tier.format(span.start_value)}, the best human one at "
         f"{tier.format(span.anchor_value)}. Every new best is to be beaten, too.\nLeft of the budget: {left}.\n"
     )
+
+
+def _read(path: Path) -> str:
+    """A note; "" if there is none. What is no plain file of its own was laid there by an agent in a sandbox."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
+        return file.read(MAX_NOTE) if stat.S_ISREG(os.fstat(fd).st_mode) else ""
 
 
 def _say(text: str) -> None:

@@ -120,7 +120,8 @@ def public(tier: Tier) -> Tier:
     records = {span.program: tier.record(span.program)}
     if span.anchor in tier.records:
         records[span.anchor] = tier.record(span.anchor).model_copy(update={"sources": {}})
-    return tier.model_copy(update={"records": records, "folder": Path(), "bases": ()})
+    calibration = tier.measured.model_copy(update={"evidence": {}})
+    return tier.model_copy(update={"records": records, "folder": Path(), "bases": (), "calibration": calibration})
 
 
 def _plain(value: Any) -> Any:
