@@ -14,7 +14,7 @@ SLOW, FAST = (TIER.records[name].sources["optimizer.py"] for name in ("slow", "f
 ACCEPTED_N = TIER.loss_test().decide([4.5] * 6).n
 CLAIM = Submit(claim=60, horizon=60)
 INFO = {
-    "episode", "ledger", "snapshot", "best", "recovered", "budget", "verification_device_seconds", "running",
+    "episode_id", "ledger", "snapshot", "best", "recovered", "budget", "verification_device_seconds", "running",
 }  # fmt: skip
 
 
