@@ -1,7 +1,7 @@
 """Trains a language model to play the speedrun, by GRPO: its tools are the environment's actions, its reward is what
 verification accepts.
 
-    pip install 'nanogpt_env[train]' 'trl>=1.16,<2'
+    pip install 'nanogpt_env[rl,train]'
     python examples/train_grpo.py --model Qwen/Qwen3-1.7B --tier nano-steps --steps 50 --output grpo
 
 Each step plays one group of rollouts, an episode each, and moves the model towards those that recovered more than the

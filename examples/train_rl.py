@@ -6,7 +6,7 @@
 An episode is one attempt: the policy chooses all numbers of the start program and the steps claimed; the program is
 trained and, if it reached the target, submitted. The reward is what verification grants, plus a fifth of what the run
 promises (`SettingsWrapper`), without which nearly all of the first hundred episodes would be worth 0. The curve counts
-what is verified only. Needs `pip install 'nanogpt_env[agents,plot]'`.
+what is verified only. Needs `pip install 'nanogpt_env[plot,rl,train]'`.
 """
 
 import argparse

@@ -35,10 +35,10 @@ def noisy():
 
 
 def environments(train_rl, folder):
-    env = lambda: SettingsWrapper(  # noqa: E731
-        Speedrun("nano-steps", backend=noisy(), state_dir=folder), promise=train_rl.PROMISE
-    )
-    return DummyVecEnv([env] * 2)
+    def make():
+        return SettingsWrapper(Speedrun("nano-steps", backend=noisy(), state_dir=folder), promise=train_rl.PROMISE)
+
+    return DummyVecEnv([make] * 2)
 
 
 def means(train_rl, output):

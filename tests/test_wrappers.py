@@ -128,6 +128,7 @@ def test_another_program(tmp_path):
         made(tmp_path, source="import torch\n")
 
 
+# the checker prefers bare environments, but it is the wrapper that is checked
 @pytest.mark.filterwarnings("ignore:.*is different from the unwrapped.*")
 def test_gymnasium_accepts_them(tmp_path):
     from gymnasium.utils.env_checker import check_env

@@ -102,7 +102,7 @@ class IsolatedAgent:
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout
         with process.stdout as stream:
-            while data := stream.read1(1 << 16):  # type: ignore[attr-defined]
+            while data := os.read(stream.fileno(), 1 << 16):
                 self._output = (self._output + data)[-KEPT_OUTPUT:]
 
     def _ended(self) -> str:

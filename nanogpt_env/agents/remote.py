@@ -32,14 +32,14 @@ ARRIVAL_S = 60.0
 
 
 class RemoteAgent:
-    """The environment's side. alive: says why an agent that we started is gone, or "". patience: seconds for an agent
+    """The environment's side. ended: says why an agent that we started is gone, or "". patience: seconds for an agent
     to connect, None for ever. Raises `AgentError` when it is gone, silent beyond the episode's wall time, or sends a
     line of more than 2 MiB."""
 
     def __init__(
-        self, tier: Tier, path: Path, alive: Callable[[], str] = lambda: "", patience: float | None = None
+        self, tier: Tier, path: Path, ended: Callable[[], str] = lambda: "", patience: float | None = None
     ) -> None:
-        self.alive, self._buffer = alive, b""
+        self.ended, self._buffer = ended, b""
         self._connection: socket.socket | None = None
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.settimeout(POLL_S)
@@ -67,7 +67,7 @@ class RemoteAgent:
     def _reason(self) -> str:
         """Why it ended, which may be known a little after its connection did."""
         began = time.monotonic()
-        while not (why := self.alive()) and time.monotonic() - began < ENDING_S:
+        while not (why := self.ended()) and time.monotonic() - began < ENDING_S:
             time.sleep(POLL_S)
         return why
 
@@ -85,7 +85,7 @@ class RemoteAgent:
                 connection, _ = self._listener.accept()
                 connection.settimeout(POLL_S)
                 return connection
-            if why := self.alive():
+            if why := self.ended():
                 raise AgentError(f"the agent ended before it connected: {why}")
             if self.patience is not None and time.monotonic() - began > self.patience:
                 raise AgentError(f"no agent connected to {self.path} within {self.patience:g} s")
