@@ -265,7 +265,7 @@ def test_a_run_on_fetched_shards(tier, surroundings, monkeypatch):
         hidden = (web.table.data.hidden,)
         with pytest.raises(BackendError, match="data fetch"):
             train(backend, web, SGD, shards=hidden)
-        datasets.fetch(datasets.Corpus(web))
+        assert call("data", "fetch", "--tier", tier, env=surroundings).returncode == 0
         result = train(backend, web, SGD, shards=hidden)
     assert result.exit_reason == "completed", result.detail
     assert set(result.val_losses) == {"web_val[3000:6000]"}

@@ -198,15 +198,18 @@ def test_modules_must_be_apart_from_what_is_hidden(place, tmp_path, monkeypatch)
 
 def test_it_is_stopped_while_the_environment_acts(env, tmp_path, monkeypatch):
     """Also what it started: it can neither watch nor disturb what is timed."""
-    look = """
-    def look(self, info):
-        import subprocess, sys
-        burn = "with open('/agent/n', 'a', 1) as f:\\n  while True: f.write('x\\\\n')"
-        subprocess.Popen([sys.executable, "-c", burn], start_new_session=True)
-        import time; time.sleep(1)
-        return 1
+    source = """
+import subprocess, sys, time
+class Agent:
+    burn = None
+    def __init__(self, tier): pass
+    def act(self, observation, info):
+        code = "with open('/agent/n', 'a', 1) as f:\\n  while True: f.write('x\\\\n')"
+        self.burn = self.burn or subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+        time.sleep(2)
+        return {"type": "note", "text": ""}
 """
-    agent = isolated(env, tmp_path, monkeypatch, ONE + look)
+    agent = isolated(env, tmp_path, monkeypatch, source)
     observation, info = env.reset()
     agent.act(observation, info)
     count = env.episode.folder / "agent" / "n"
