@@ -17,6 +17,7 @@ from nanogpt_env import display
 from nanogpt_env.cli_agents import add_agent_commands
 from nanogpt_env.cli_data import data_app
 from nanogpt_env.cli_host import add_host_commands
+from nanogpt_env.cli_judge import judge_app
 from nanogpt_env.cli_options import DirArgument, JsonOption, SandboxOption, TierOption, environment
 from nanogpt_env.cli_records import records_app
 from nanogpt_env.cli_tiers import tiers_app
@@ -54,6 +55,7 @@ def _options(
 app.add_typer(tiers_app, name="tiers")
 app.add_typer(records_app, name="records")
 app.add_typer(data_app, name="data")
+app.add_typer(judge_app, name="judge")
 add_host_commands(app)
 add_agent_commands(app)
 

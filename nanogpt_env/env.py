@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from nanogpt_env.content import state_dir
 from nanogpt_env.episode import AgentRun, Episode
 from nanogpt_env.errors import ActionError, BackendError, BudgetError, LedgerError
 from nanogpt_env.hardware import mfu
+from nanogpt_env.judging.panel import Panel
 from nanogpt_env.ledger import write_whole
 from nanogpt_env.resume import resume
 from nanogpt_env.spaces import MAX_TEXT, action_space, box, observation_space
+from nanogpt_env.tables import JudgeSeat
 from nanogpt_env.tiers import load_tier
 from nanogpt_env.tracks import StepsTier, Tier
 from nanogpt_env.types import Plan, Rerun
@@ -58,7 +60,8 @@ class Speedrun(gymnasium.Env[Observation, Any]):
     public records, selectors of those (`human.PublicTable.select`), with human_only. budget: meters to override.
     sandbox: 'auto', 'bubblewrap' or 'plain'. state_dir: where ledger and evidence go. backend: what trains (default:
     this machine). agent_trusted: False if what chooses the actions could run code as this user, as an agent with a
-    shell could: its verdicts say `trusted: false`. Raises `TierError` for a tier that cannot be used.
+    shell could: its verdicts say `trusted: false`. judges: instead of the tier's (docs/judges.md). Raises `TierError`
+    for a tier that cannot be used, `ActionError` or `JudgeUnavailable` for a judge.
     """
 
     # annotated as Gymnasium does, hence the noqa
@@ -76,6 +79,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         state_dir: str | Path | None = None,
         backend: Backend | None = None,
         agent_trusted: bool = True,
+        judges: Sequence[JudgeSeat] | None = None,
         render_mode: str | None = None,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -86,6 +90,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         self.observation_space = observation_space(METERS)
         self._defaults: dict[str, Any] = {"start": start, "anchor": anchor, "human_only": human_only, "budget": budget}
         self._state_dir, self.agent_trusted = state_dir, agent_trusted
+        self.panel = Panel(self.tier.table.judges if judges is None else judges, self.tier.folder)
         if backend is None:
             local = LocalBackend(sandbox, warm=True, hidden=(self.tier.folder, self.tier.corpus_folder()))
             backend = Shared(Queued(local, owner=uuid.uuid4().hex[:8]), local.kind)
@@ -125,12 +130,14 @@ class Speedrun(gymnasium.Env[Observation, Any]):
         if self._episode is not None and self._owns_episode:
             self._episode.end("reset")
         folder = Path(self._state_dir or state_dir())
-        self._episode = Episode.begin(self.tier, span, Budget(limits), self._backend, folder, self.agent_trusted)
+        self._episode = Episode.begin(
+            self.tier, span, Budget(limits), self._backend, folder, self.agent_trusted, self.panel
+        )
         self._owns_episode = True
         self._new_workspace(self._episode)
         self.history = []
         self._keep()
-        text = f"{self.tier.task}\n{report.state_text(self._episode)}"
+        text = self._opening()
         self._render_human(text)
         return self._observation(text), self._info()
 
@@ -143,7 +150,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
             snapshots = dict(kept["snapshots"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LedgerError(f"{folder} has no checkpoint to go on from: {error!r}") from None
-        episode = resume(folder, self.tier, self._backend, snapshots, self.agent_trusted)
+        episode = resume(folder, self.tier, self._backend, snapshots, self.agent_trusted, self.panel)
         if self._episode is not None and self._owns_episode:
             self._episode.end("resumed another")
         self._episode, self._owns_episode = episode, True
@@ -154,8 +161,15 @@ class Speedrun(gymnasium.Env[Observation, Any]):
             episode.ledger.close()
             self._episode = None
             raise LedgerError(f"the checkpoint in {folder} cannot be used: {error}") from None
-        text = f"{self.tier.task}\n{report.state_text(episode)}"
-        return self._observation(text), self._info()
+        return self._observation(self._opening()), self._info()
+
+    def rules(self) -> str:
+        """What the tier's judges hold a program to; "" if there are none with a book."""
+        return self.panel.rules(self.episode.material(self.episode.start_program.sources))
+
+    def _opening(self) -> str:
+        parts = (self.tier.task, self.rules(), report.state_text(self.episode))
+        return "\n".join(part for part in parts if part)
 
     def _new_workspace(self, episode: Episode) -> None:
         sources = self.tier.record(episode.span.program).sources
@@ -234,7 +248,8 @@ class Speedrun(gymnasium.Env[Observation, Any]):
     def fork(self) -> Speedrun:
         """Another environment on the same episode: its own workspace and history, shared meters,
         submissions, verdicts and best score. Closing a fork leaves the episode alone."""
-        twin = Speedrun(self.tier.folder, backend=self._backend, render_mode=self.render_mode)
+        twin = Speedrun(self.tier.folder, backend=self._backend, judges=(), render_mode=self.render_mode)
+        twin.panel, twin.agent_trusted = self.panel, self.agent_trusted
         twin._owns_backend = twin._owns_episode = False
         twin._episode, twin._defaults, twin._state_dir = self._going(), self._defaults, self._state_dir
         sources = self.tier.record(self.episode.span.program).sources

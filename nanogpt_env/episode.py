@@ -22,10 +22,12 @@ from nanogpt_env.backends.shared import host_secret
 from nanogpt_env.budget import RUN_METERS, Budget, Reservation
 from nanogpt_env.claims import ClaimAdvice, advise
 from nanogpt_env.errors import ActionError, BackendError, BudgetError, JudgeError, LedgerError
+from nanogpt_env.judging import Material
+from nanogpt_env.judging.panel import Panel, Spent
 from nanogpt_env.judging.static import judge_source
 from nanogpt_env.ledger import VERSION, Ledger
 from nanogpt_env.tracks import Span, StepsTier, Tier
-from nanogpt_env.types import Plan, Rerun, RunResult, Verdict
+from nanogpt_env.types import Opinion, Plan, Rerun, RunResult, Verdict
 from nanogpt_env.verify import OnProgress, Program, Submission, verify
 from nanogpt_env.workspace import normal_form
 
@@ -57,15 +59,24 @@ class Episode:
     """Begun by `begin`, or by `resume` from what it left. `folder` takes the ledger and the sealed evidence."""
 
     def __init__(
-        self, tier: Tier, span: Span, budget: Budget, backend: Backend, folder: Path, name: str, agent_trusted: bool
+        self,
+        tier: Tier,
+        span: Span,
+        budget: Budget,
+        backend: Backend,
+        folder: Path,
+        name: str,
+        agent_trusted: bool,
+        panel: Panel,
     ) -> None:
-        self.tier, self.span, self.budget, self.backend = tier, span, budget, backend
+        self.tier, self.span, self.budget, self.backend, self.panel = tier, span, budget, backend, panel
         self.id, self.folder, self.agent_trusted = name, folder, agent_trusted
         self.start_program = Program(span.start, tier.record(span.program).sources, span.start_value)
         self.frontier = self.start_program
         """the best verified program so far"""
         self.runs: dict[str, AgentRun] = {}
         self.verdicts: list[Verdict] = []
+        self.judge_spent: dict[str, Spent] = {}
         self.over = ""
         self._steps, self._finished, self._left, self._lock = 0, False, False, threading.Lock()
         self._submitted = 0
@@ -74,12 +85,12 @@ class Episode:
 
     @classmethod
     def begin(
-        cls, tier: Tier, span: Span, budget: Budget, backend: Backend, state: Path, agent_trusted: bool
+        cls, tier: Tier, span: Span, budget: Budget, backend: Backend, state: Path, agent_trusted: bool, panel: Panel
     ) -> Episode:
         """A new one, in a folder of its own below `state`."""
         name = secrets.token_hex(8)
         folder = state / f"{time.strftime('%Y%m%dT%H%M%S')}-{tier.name}-{name}"
-        self = cls(tier, span, budget, backend, folder, name, agent_trusted)
+        self = cls(tier, span, budget, backend, folder, name, agent_trusted, panel)
         self.ledger.append(
             "episode",
             version=VERSION,
@@ -94,6 +105,7 @@ class Episode:
             tests=tier.trial_fields(),
             budget=budget.limits,
             agent_trusted=agent_trusted,
+            judges=[seat.model_dump() for seat in panel.seats],
             time=time.time(),
         )
         return self
@@ -198,6 +210,16 @@ class Episode:
         self.budget.settle(reservation, used)
         self.ledger.append("charge", handle=handle, used=used, spent={m: self.budget.spent(m) for m in RUN_METERS})
 
+    def material(self, sources: Mapping[str, str]) -> Material:
+        """What the judges are given: exactly these sources are run."""
+        return Material(
+            tier=self.tier.name,
+            track=self.tier.table.track,
+            model_rule=self.tier.model_rule,
+            start=self.start_program.sources,
+            sources=sources,
+        )
+
     def judge(self, sources: Mapping[str, str]) -> None:
         """Raises `JudgeError` with the static judge's reasons."""
         for name, source in sources.items():
@@ -260,10 +282,18 @@ class Episode:
 
         try:
             self.ledger.append("submit", submission=submission.id, snapshot=snapshot, claim=claim, horizon=horizon)
-            verdict, evidence = verify(
-                self.tier, self.backend, submission, self.start_program, self.best, record, on_progress, redone, used
-            )
-            seal(self.folder / "evidence" / f"{submission.id}.json", evidence.model_dump())
+            opinions, veto = self._deliberate(submission, on_progress)
+            if veto:
+                verdict, evidence = vetoed(submission, veto)
+            else:
+                verdict, verified = verify(
+                    self.tier, self.backend, submission, self.start_program, self.best, record, on_progress, redone,
+                    used,
+                )  # fmt: skip
+                evidence = verified.model_dump()
+            said = [opinion.model_dump() for opinion in opinions]
+            seal(self.folder / "evidence" / f"{submission.id}.json", {**evidence, "opinions": said})
+            verdict = verdict.model_copy(update={"opinions": tuple(opinions)})
         except BaseException:
             # undecided: neither charged nor cached. Ctrl-C ends here too, after the reruns were cancelled.
             self._settle(submission.id, reservation, {})
@@ -275,6 +305,14 @@ class Episode:
         self._by_program[key] = verdict
         self.ledger.append("verdict", **verdict.model_dump(exclude={"cached"}))
         return verdict, self._reward(verdict, submission)
+
+    def _deliberate(self, submission: Submission, on_progress: OnProgress) -> tuple[list[Opinion], Opinion | None]:
+        def keep(opinion: Opinion, mode: str) -> None:
+            self.ledger.append("opinion", submission=submission.id, mode=mode, **opinion.model_dump())
+
+        if self.panel.seats:
+            on_progress("the judges", None)
+        return self.panel.deliberate(self.material(submission.sources), self.judge_spent, keep)
 
     def _reward(self, verdict: Verdict, submission: Submission) -> float:
         before = self.best
@@ -333,6 +371,15 @@ class Episode:
                 self.ledger.append("end", reason=self.over, **fields)
         finally:
             self.ledger.close()
+
+
+def vetoed(submission: Submission, veto: Opinion) -> tuple[Verdict, dict[str, Any]]:
+    """(verdict, evidence) of what a judge denies: nothing was run."""
+    plan, reason = submission.plan, f"rejected: vetoed by {veto.text()}"
+    claim, horizon = (plan.steps, plan.horizon) if plan else (None, None)
+    known = {"submission": submission.id, "claim": claim, "horizon": horizon, "accepted": False, "reason": reason}
+    verdict = Verdict(**known, value=None, n=0, coarse_loss=None, device_seconds=0.0, trusted=True)
+    return verdict, {**known, "snapshot": submission.snapshot, "sources": dict(submission.sources)}
 
 
 def seal(path: Path, content: dict[str, Any]) -> None:

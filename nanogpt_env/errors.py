@@ -6,7 +6,8 @@
     │   └── JudgeError the static judge refuses the program
     ├── BudgetError    a meter cannot pay for it; becomes an observation too
     ├── BackendError   our side failed (no torch, trainer died, disk full); never charged to the agent
-    │   └── TrainerKilled  its process was killed from outside: a run that is saved now and then can go on
+    │   ├── TrainerKilled  its process was killed from outside: a run that is saved now and then can go on
+    │   └── JudgeUnavailable  a judge that may deny cannot be asked: the submission is deferred
     ├── LedgerError    a ledger cannot be read or written
     └── AgentError     an agent of ours cannot be made or cannot go on: options, a model that does not answer
 
@@ -41,6 +42,10 @@ class BackendError(NanoGPTError):
 
 
 class TrainerKilled(BackendError):
+    pass
+
+
+class JudgeUnavailable(BackendError):
     pass
 
 

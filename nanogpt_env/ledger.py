@@ -12,7 +12,7 @@ from typing import Any
 
 from nanogpt_env.errors import LedgerError
 
-VERSION = 4
+VERSION = 5
 # what must survive a crash of the machine, not only of the process, before anybody acts on it
 _SYNCED = frozenset({"episode", "charge", "rerun", "verdict", "reward", "end"})
 

@@ -50,6 +50,7 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
     out = Replay(head["tier"], best=start, recovered=0.0, total_reward=0.0, notes=[torn] if torn else [])
     trials: dict[str, Trial] = {}
     offers: dict[str, dict[str, Any]] = {}
+    vetoed: set[str] = set()
     for line in lines[1:]:
         name = line.get("submission", "")
         if line["kind"] == "submit":
@@ -62,9 +63,11 @@ def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:
                     f"{name}: rerun {line['n']} is {turn}, but it was the turn of {trials[name].turn()}"
                 )
             trials[name].add(turn, loss, line["train_seconds"])
+        elif line["kind"] == "opinion" and (line["mode"], line["outcome"]) == ("veto", "break"):
+            vetoed.add(name)
         elif line["kind"] == "verdict":
-            out.differences += _check_verdict(name, line, trials[name], offers[name])
-            accepted, before = trials[name].outcome == "accept", out.best
+            out.differences += _check_verdict(name, line, trials[name], offers[name], name in vetoed)
+            accepted, before = trials[name].outcome == "accept" and name not in vetoed, out.best
             if accepted:
                 out.best = min(out.best, trials[name].value())
             reward = scoring.share(form, start, anchor, out.best) - scoring.share(form, start, anchor, before)
@@ -97,8 +100,11 @@ def _whole(fields: dict[str, float], *names: str) -> dict[str, Any]:
     return fields | {name: int(fields[name]) for name in names}
 
 
-def _check_verdict(name: str, line: dict[str, Any], trial: Trial, offer: dict[str, Any]) -> list[str]:
+def _check_verdict(name: str, line: dict[str, Any], trial: Trial, offer: dict[str, Any], vetoed: bool) -> list[str]:
     n, recorded = len(trial.losses), "accept" if line["accepted"] else "reject"
+    if vetoed:
+        ran = n or line["accepted"] or line["value"] is not None
+        return [f"{name}: recorded {recorded}ed after {n} rerun(s), but a judge had vetoed it"] if ran else []
     if trial.outcome != recorded:
         mine_is = "undecided" if trial.outcome == "continue" else f"{trial.outcome}ed"
         return [f"{name}: recorded {recorded}ed, recomputed {mine_is} after {n} rerun(s)"]

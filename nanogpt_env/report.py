@@ -56,6 +56,7 @@ def verdict_text(verdict: Verdict, reward: float, episode: Episode) -> str:
     same = "This program" if verdict.claim is None else "This program, claim and horizon"
     cached = f" {same} had their verdict before; nothing was rerun." if verdict.cached else ""
     audit = f"\n{audit_text(verdict.audit)}" if verdict.audit else ""
+    flags = "".join(f"\nflagged by {o.text()}" for o in verdict.opinions if o.outcome != "pass" and verdict.n)
     why = "no sandbox; `nanogpt-env doctor` says how to get one"
     if not episode.agent_trusted:
         why = "the agent could run code as this user"
@@ -64,7 +65,7 @@ def verdict_text(verdict: Verdict, reward: float, episode: Episode) -> str:
         trust += f"\nno reward: the frontier is at {episode.tier.format(episode.best)} already"
     return (
         f"{verdict.submission}:{claimed} {verdict.reason}. {timing_text(verdict)}"
-        f"{verdict.n} rerun(s){loss}, {verdict.device_seconds:.1f} device_seconds.{cached}{audit}{trust}\n"
+        f"{verdict.n} rerun(s){loss}, {verdict.device_seconds:.1f} device_seconds.{cached}{audit}{flags}{trust}\n"
         f"reward {reward:+.4f}, recovered {episode.recovered:.4f}"
     )
 

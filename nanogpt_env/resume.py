@@ -15,9 +15,10 @@ from nanogpt_env.backends import Backend
 from nanogpt_env.budget import Budget, Reservation
 from nanogpt_env.episode import AgentRun, Episode
 from nanogpt_env.errors import ActionError, BackendError, LedgerError, TierError
+from nanogpt_env.judging.panel import Panel, Spent
 from nanogpt_env.ledger import VERSION, read_ledger
 from nanogpt_env.tracks import Tier
-from nanogpt_env.types import Plan, Progress, RunResult, Verdict
+from nanogpt_env.types import Opinion, Plan, Progress, RunResult, Verdict
 from nanogpt_env.verify import Program
 from nanogpt_env.workspace import normal_form
 
@@ -41,7 +42,12 @@ class Past:
 
 
 def resume(
-    folder: Path, tier: Tier, backend: Backend, snapshots: Mapping[str, Mapping[str, str]], agent_trusted: bool
+    folder: Path,
+    tier: Tier,
+    backend: Backend,
+    snapshots: Mapping[str, Mapping[str, str]],
+    agent_trusted: bool,
+    panel: Panel,
 ) -> Episode:
     """The episode of this folder; `snapshots` are the files of its runs, by hash. Its agent is trusted if that of every
     process was. Raises `LedgerError` if it is in use, has ended, is damaged, or of another tier or version of it."""
@@ -53,7 +59,7 @@ def resume(
         raise LedgerError(f"the episode in {folder} has ended: {lines[-1].get('reason')}")
     episode = None
     try:
-        episode = _opened(path, lines[0], tier, backend)
+        episode = _opened(path, lines[0], tier, backend, panel)
         episode.agent_trusted = episode.agent_trusted and agent_trusted
         _Past(episode, snapshots).read(lines[1:])
     except BaseException as error:
@@ -65,13 +71,15 @@ def resume(
     return episode
 
 
-def _opened(path: Path, head: Mapping[str, Any], tier: Tier, backend: Backend) -> Episode:
+def _opened(path: Path, head: Mapping[str, Any], tier: Tier, backend: Backend, panel: Panel) -> Episode:
     if head["tier"] != tier.name or head["fingerprint"] != tier.fingerprint():
         raise LedgerError(f"{path} is of tier {head['tier']} as it was: now its settings or calibration are others")
+    if head["judges"] != [seat.model_dump() for seat in panel.seats]:
+        raise LedgerError(f"{path} had other judges")
     # it cannot be told when it died: at the latest when it last wrote
     budget = Budget(head["budget"], elapsed=max(0.0, path.stat().st_mtime - head["time"]))
     span = tier.span(head["start"]["record"], head["anchor"]["record"], head.get("human_only"))
-    return Episode(tier, span, budget, backend, path.parent, head["episode"], head["agent_trusted"])
+    return Episode(tier, span, budget, backend, path.parent, head["episode"], head["agent_trusted"], panel)
 
 
 class _Past:
@@ -130,6 +138,11 @@ class _Past:
 
     def _rerun(self, line: dict[str, Any]) -> None:
         self.episode.budget.verification_device_seconds += line["device_seconds"]
+
+    def _opinion(self, line: dict[str, Any]) -> None:
+        name = line["judge"]
+        del line["submission"], line["mode"]
+        self.episode.judge_spent.setdefault(name, Spent()).add(Opinion(**line))
 
     def _void(self, line: dict[str, Any]) -> None:
         self.submitted.pop(line["submission"], None)

@@ -186,6 +186,21 @@ class Published(Record):
     source: str
 
 
+class JudgeSeat(Record):
+    """A judge beside the static one, which is asked before a submission is verified."""
+
+    name: str
+    """folder in judges/, path of a folder (relative to env.toml), or module:Class"""
+    mode: Literal["veto", "advisory"] = "advisory"
+    """whether it can deny; no judge can grant"""
+    tokens: Count | None = None
+    """of an episode; beyond them it is unavailable"""
+    dollars: Positive | None = None
+    """likewise; a price that is not known counts as none"""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """fields instead of those in its `judge.toml`, or arguments of its class"""
+
+
 class TierTable(Record):
     """`env.toml` as written: what every track has. With `extends` it is what differs from another tier's."""
 
@@ -203,6 +218,7 @@ class TierTable(Record):
     reward: Reward
     human: Human | None = None
     published: Published | None = None
+    judges: tuple[JudgeSeat, ...] = ()
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
@@ -64,6 +64,10 @@ class Tier(BaseModel, abc.ABC):
     """by name, in the order of the ladder"""
     task: str
     calibration: Calibration | None
+
+    @property
+    def model_rule(self) -> Literal["fixed", "free"]:
+        return getattr(self.table.training, "model_rule", "fixed")
 
     @property
     def name(self) -> str:

@@ -211,6 +211,45 @@ class Timing(Record):
     """its mean training seconds"""
 
 
+class Finding(Record):
+    """One break of a rule, at a line of the sources."""
+
+    rule: str
+    file: str
+    line: int
+    """from 1"""
+    why: str = ""
+    """free text of the judge, bounded"""
+
+
+Judgement = Literal["pass", "break", "unavailable"]
+
+
+class Opinion(Record):
+    """What one judge says. `unavailable`: it was not to be had, for the reason in `detail`, and says nothing."""
+
+    judge: str
+    outcome: Judgement
+    findings: tuple[Finding, ...] = ()
+    detail: str = ""
+    votes: tuple[Judgement, ...] = ()
+    agreement: float | None = None
+    """share of the votes that were to be had that say what the outcome says"""
+    model: str = ""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    dollars: float | None = 0.0
+    """None where the price is not known"""
+    seconds: float = 0.0
+    cached: bool = False
+    """true if no model had to be asked"""
+
+    def text(self) -> str:
+        """In a few words; where it broke which rule."""
+        said = "; ".join(f"{f.rule} at {f.file} line {f.line}" for f in self.findings)
+        return f"{self.judge}: {said or self.detail or self.outcome}"
+
+
 class Verdict(Record):
     """What the agent sees of a verification."""
 
@@ -229,6 +268,8 @@ class Verdict(Record):
     """wallclock track: None if the decision came before the last pair"""
     audit: Audit | None = None
     """free models: of the run whose answers could be repeated worst; `claimed_loss` and `audited_loss` are rounded"""
+    opinions: tuple[Opinion, ...] = ()
+    """of the tier's judges, in their order; after a veto there were no runs"""
     device_seconds: float
     trusted: bool
     submission: str

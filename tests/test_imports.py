@@ -21,13 +21,14 @@ HEAVY = {"torch", "scipy", "docker", "openai", "anthropic", "rich", "typer", "ma
 LAYERS = [
     "errors", "types", "human", "public_rules", "actions", "content", "locking", "slots", "gpus", "hardware", "stats",
     "timing", "trials", "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "planning", "datasets",
-    "claims", "workspace", "judging", "judging.static", "backends",
+    "claims", "workspace", "judging", "judging.static", "judging.material", "judging.providers", "judging.llm",
+    "judging.panel", "judging.cases", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "literals", "episode", "resume", "report", "spaces", "env", "agents.ladder",
     "agents.search", "agents.language", "agents", "agents.remote", "agents.isolation", "wrappers", "compare", "plots",
     "measure", "calibrate", "calibrate_wallclock",
     "published", "trap", "testing", "attacks.cases", "attacks.naive", "attacks.suite", "attacks",
-    "display", "cli_options", "cli_agents", "cli_data", "cli_host", "cli_records", "cli_tiers", "cli",
+    "display", "cli_options", "cli_agents", "cli_data", "cli_host", "cli_judge", "cli_records", "cli_tiers", "cli",
 ]  # fmt: skip
 
 

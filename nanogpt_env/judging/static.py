@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from nanogpt_env.content import content_root
-from nanogpt_env.types import Record
+from nanogpt_env.judging import Material
+from nanogpt_env.types import Finding, Opinion, Record
 from nanogpt_env.workspace import parse_source
 
 
@@ -46,14 +47,36 @@ def static_rules() -> Rules:
 
 def judge_source(source: str, name: str, rules: Rules | None = None) -> list[str]:
     """Reasons to refuse the file `name`, each with its line; empty if there are none. Runs no code."""
+    return [f"line {line}: {reason}" for line, reason in find_breaks(source, name, rules)]
+
+
+class StaticJudge:
+    """As a judge among others."""
+
+    name = "static"
+
+    def rules(self, material: Material) -> None:
+        return None
+
+    def judge(self, material: Material) -> Opinion:
+        found = [
+            Finding(rule=self.name, file=name, line=line, why=reason)
+            for name, source in material.sources.items()
+            for line, reason in find_breaks(source, name)
+        ]
+        return Opinion(judge=self.name, outcome="break" if found else "pass", findings=tuple(found))
+
+
+def find_breaks(source: str, name: str, rules: Rules | None = None) -> list[tuple[int, str]]:
+    """(line, reason) of all that the rules refuse."""
     rules = rules or static_rules()
     try:
         # the grammar first: a warning about a literal is no reason to refuse
         tree = parse_source(source, name)
     except SyntaxError as error:
-        return [f"line {error.lineno or 1}, column {error.offset or 1}: {error.msg}"]
+        return [(error.lineno or 1, f"{error.msg} (column {error.offset or 1})")]
     except (ValueError, RecursionError, MemoryError) as error:
-        return [f"cannot be parsed: {str(error) or type(error).__name__}"]
+        return [(1, f"cannot be parsed: {str(error) or type(error).__name__}")]
     nodes: list[ast.AST] = []
     level: list[ast.AST] = [tree]
     for _ in range(rules.max_depth):
@@ -61,10 +84,10 @@ def judge_source(source: str, name: str, rules: Rules | None = None) -> list[str
         level = [child for node in level for child in ast.iter_child_nodes(node)]
     if level:
         line = next((n.lineno for n in level if isinstance(n, (ast.expr, ast.stmt))), 1)
-        return [f"line {line}: nested more than {rules.max_depth} deep"]
-    found = [f"line {getattr(n, 'lineno', 0)}: {reason}" for n in nodes for reason in _judge_node(n, rules, name)]
+        return [(line, f"nested more than {rules.max_depth} deep")]
+    found = [(getattr(n, "lineno", 1), reason) for n in nodes for reason in _judge_node(n, rules, name)]
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
-    return found + [f"{name} must define {need}" for need in rules.files[name].needs if need not in defined]
+    return found + [(1, f"{name} must define {need}") for need in rules.files[name].needs if need not in defined]
 
 
 def _judge_node(node: ast.AST, rules: Rules, file: str) -> Iterator[str]:
