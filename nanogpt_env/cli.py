@@ -18,7 +18,15 @@ from nanogpt_env.cli_agents import add_agent_commands
 from nanogpt_env.cli_data import data_app
 from nanogpt_env.cli_host import add_host_commands
 from nanogpt_env.cli_judge import judge_app
-from nanogpt_env.cli_options import DirArgument, JsonOption, SandboxOption, TierOption, environment
+from nanogpt_env.cli_options import (
+    DirArgument,
+    JsonOption,
+    JudgeOption,
+    SandboxOption,
+    TierOption,
+    environment,
+    seats_of,
+)
 from nanogpt_env.cli_records import records_app
 from nanogpt_env.cli_tiers import tiers_app
 from nanogpt_env.display import console, errors, print_json, say
@@ -183,6 +191,7 @@ def submit(
     horizon: Annotated[
         int | None, typer.Option(min=1, help="Schedule length. Default: the claim, else the start record's.")
     ] = None,
+    judge: JudgeOption = None,
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
 ) -> int:
@@ -191,7 +200,7 @@ def submit(
     Exit code 0: accepted, 1: rejected. Each call is an episode of its own: the error level holds for a call, not over
     repeated ones.
     """
-    with environment(tier, sandbox) as (env, progress):
+    with environment(tier, sandbox, judges=seats_of(judge)) as (env, progress):
         _load(env, folder)
         if isinstance(env.tier, StepsTier):
             horizon = horizon or claim or env.tier.record(env.tier.table.reward.start).horizon

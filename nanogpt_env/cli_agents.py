@@ -16,7 +16,16 @@ from nanogpt_env import agents, display
 from nanogpt_env.actions import parse_action
 from nanogpt_env.agents.isolation import IsolatedAgent
 from nanogpt_env.agents.remote import RemoteAgent
-from nanogpt_env.cli_options import BudgetOption, JsonOption, SandboxOption, TierOption, budget_of, environment
+from nanogpt_env.cli_options import (
+    BudgetOption,
+    JsonOption,
+    JudgeOption,
+    SandboxOption,
+    TierOption,
+    budget_of,
+    environment,
+    seats_of,
+)
 from nanogpt_env.compare import Entry, Summary, summarize
 from nanogpt_env.compare import compare as compare_agents
 from nanogpt_env.display import console, errors, print_json, say
@@ -54,6 +63,7 @@ def play(
     listen: Annotated[
         Path | None, typer.Option(help="Socket to wait at for an agent in another user or container.")
     ] = None,
+    judge: JudgeOption = None,
     sandbox: SandboxOption = "auto",
     as_json: JsonOption = False,
 ) -> int:
@@ -75,7 +85,7 @@ def play(
         if not as_json:
             console.print(f"> {_name(action)}", style="bold")
 
-    with environment(tier, sandbox, output, budget_of(budget), trusted) as (env, progress):
+    with environment(tier, sandbox, output, budget_of(budget), trusted, seats_of(judge)) as (env, progress):
 
         def tell(name: str, text: str, reward: float) -> None:
             progress.clear()

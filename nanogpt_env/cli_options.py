@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ import typer
 from nanogpt_env import display
 from nanogpt_env.backends.local import SANDBOXES
 from nanogpt_env.env import Speedrun
+from nanogpt_env.tables import JudgeSeat
 
 TierOption = Annotated[str, typer.Option("--tier", help="Name of a tier (see `tiers list`) or path of its folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -45,6 +48,29 @@ BudgetOption = Annotated[
 ]
 
 
+JudgeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        help="NAME or NAME=veto, instead of the tier's judges; may be repeated. See `judge --help`.",
+        metavar="NAME[=MODE]",
+    ),
+]
+
+
+def seats_of(options: list[str] | None) -> list[JudgeSeat] | None:
+    """Raises `BadParameter`; None where no option was given."""
+    seats = []
+    for option in options or ():
+        name, _, mode = option.partition("=")
+        if mode not in ("", "veto", "advisory"):
+            raise typer.BadParameter(f"a judge is NAME, NAME=advisory or NAME=veto, not {option!r}")
+        if ":" in name:
+            sys.path.insert(0, os.getcwd())  # a class of the user's own
+        seats.append(JudgeSeat(name=name, mode="veto" if mode == "veto" else "advisory"))
+    return seats or None
+
+
 def budget_of(options: list[str] | None) -> dict[str, float]:
     """Raises `BadParameter` for what is not METER=VALUE; which meters there are says the environment."""
     found = {}
@@ -64,9 +90,17 @@ def environment(
     state_dir: Path | None = None,
     budget: Mapping[str, float] | None = None,
     agent_trusted: bool = True,
+    judges: list[JudgeSeat] | None = None,
 ) -> Iterator[tuple[Speedrun, display.RunProgress]]:
     """With a progress bar; closed at the end, whatever comes."""
-    env = Speedrun(tier, sandbox=sandbox, state_dir=state_dir, budget=budget or None, agent_trusted=agent_trusted)
+    env = Speedrun(
+        tier,
+        sandbox=sandbox,
+        state_dir=state_dir,
+        budget=budget or None,
+        agent_trusted=agent_trusted,
+        judges=judges,
+    )
     try:
         with display.watch(env) as progress:
             yield env, progress

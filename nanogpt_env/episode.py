@@ -260,9 +260,8 @@ class Episode:
         """Verify and score: (verdict, reward). The same program with the same claim and horizon returns
         the verdict it had. If our side fails nothing is charged and `BackendError` is raised."""
         self.judge(sources)
-        key = (normal_form(sources), plan)
-        if key in self._by_program:
-            return self._by_program[key].model_copy(update={"cached": True}), 0.0
+        if known := self._by_program.get((normal_form(sources), plan)) or self._by_program.get((snapshot, plan)):
+            return known.model_copy(update={"cached": True}), 0.0
         reservation = self.budget.reserve({"submissions": 1.0})
         self._submitted += 1  # a void one keeps its number
         submission = Submission(f"submission-{self._submitted}", snapshot, dict(sources), plan)
@@ -301,10 +300,15 @@ class Episode:
             raise
         self._settle(submission.id, reservation, {"submissions": 1.0})
         verdict = verdict.model_copy(update={"trusted": verdict.trusted and self.agent_trusted})
-        self.verdicts.append(verdict)
-        self._by_program[key] = verdict
+        self.remember(verdict, submission)
         self.ledger.append("verdict", **verdict.model_dump(exclude={"cached"}))
         return verdict, self._reward(verdict, submission)
+
+    def remember(self, verdict: Verdict, submission: Submission) -> None:
+        """Measured ones by the program, denied ones by the very text: a comment can be what a judge denied."""
+        self.verdicts.append(verdict)
+        program = submission.snapshot if verdict.vetoed_by else normal_form(submission.sources)
+        self._by_program[program, submission.plan] = verdict
 
     def _deliberate(self, submission: Submission, on_progress: OnProgress) -> tuple[list[Opinion], Opinion | None]:
         def keep(opinion: Opinion, mode: str) -> None:
@@ -378,7 +382,8 @@ def vetoed(submission: Submission, veto: Opinion) -> tuple[Verdict, dict[str, An
     plan, reason = submission.plan, f"rejected: vetoed by {veto.text()}"
     claim, horizon = (plan.steps, plan.horizon) if plan else (None, None)
     known = {"submission": submission.id, "claim": claim, "horizon": horizon, "accepted": False, "reason": reason}
-    verdict = Verdict(**known, value=None, n=0, coarse_loss=None, device_seconds=0.0, trusted=True)
+    none = {"value": None, "n": 0, "coarse_loss": None, "device_seconds": 0.0, "trusted": True}
+    verdict = Verdict(**known, **none, vetoed_by=veto.judge)
     return verdict, {**known, "snapshot": submission.snapshot, "sources": dict(submission.sources)}
 
 

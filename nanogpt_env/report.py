@@ -56,7 +56,9 @@ def verdict_text(verdict: Verdict, reward: float, episode: Episode) -> str:
     same = "This program" if verdict.claim is None else "This program, claim and horizon"
     cached = f" {same} had their verdict before; nothing was rerun." if verdict.cached else ""
     audit = f"\n{audit_text(verdict.audit)}" if verdict.audit else ""
-    flags = "".join(f"\nflagged by {o.text()}" for o in verdict.opinions if o.outcome != "pass" and verdict.n)
+    flags = "".join(
+        f"\nflagged by {o.text()}" for o in verdict.opinions if o.outcome != "pass" and not verdict.vetoed_by
+    )
     why = "no sandbox; `nanogpt-env doctor` says how to get one"
     if not episode.agent_trusted:
         why = "the agent could run code as this user"

@@ -19,7 +19,7 @@ from nanogpt_env.judging.panel import Panel, Spent
 from nanogpt_env.ledger import VERSION, read_ledger
 from nanogpt_env.tracks import Tier
 from nanogpt_env.types import Opinion, Plan, Progress, RunResult, Verdict
-from nanogpt_env.verify import Program
+from nanogpt_env.verify import Program, Submission
 from nanogpt_env.workspace import normal_form
 
 INTERRUPTED = "the process ended during this run, which is charged in full"
@@ -152,8 +152,7 @@ class _Past:
         offer = self.submitted.pop(verdict.submission)
         evidence = json.loads((episode.folder / "evidence" / f"{verdict.submission}.json").read_text())
         plan = Plan(steps=offer["claim"], horizon=offer["horizon"]) if offer["horizon"] else None
-        episode.verdicts.append(verdict)
-        episode._by_program[normal_form(evidence["sources"]), plan] = verdict
+        episode.remember(verdict, Submission(verdict.submission, offer["snapshot"], evidence["sources"], plan))
         if verdict.value is not None and verdict.value < episode.best:
             episode.frontier = Program(verdict.submission, evidence["sources"], verdict.value)
 

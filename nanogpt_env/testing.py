@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from nanogpt_env.backends import Backend
+from nanogpt_env.judging.conformance import check_judge as check_judge
 from nanogpt_env.tiers import load_tier
 from nanogpt_env.tracks import StepsTier
 from nanogpt_env.trap import EFFECTS, Trap, validation_files

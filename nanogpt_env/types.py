@@ -269,7 +269,9 @@ class Verdict(Record):
     audit: Audit | None = None
     """free models: of the run whose answers could be repeated worst; `claimed_loss` and `audited_loss` are rounded"""
     opinions: tuple[Opinion, ...] = ()
-    """of the tier's judges, in their order; after a veto there were no runs"""
+    """of the tier's judges, in their order"""
+    vetoed_by: str = ""
+    """the judge that denied it, before any run"""
     device_seconds: float
     trusted: bool
     submission: str

@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,13 +16,15 @@ from typing import Any
 @dataclass
 class Says:
     """A reply: text, calls of tools as (name, arguments), tokens it costs. `cut`: the connection ends half way;
-    `overloaded`: an error comes where the rest should."""
+    `overloaded`: an error comes where the rest should; `refusal`: the model will not answer; `seconds`: it takes."""
 
     text: str = ""
     calls: list[tuple[str, Any]] = field(default_factory=list)
     tokens: tuple[int, int] = (100, 10)
     cut: bool = False
     overloaded: bool = False
+    refusal: bool = False
+    seconds: float = 0.0
 
 
 @dataclass
@@ -87,10 +90,29 @@ def openai_events(says: Says) -> Iterator[dict[str, Any]]:
     yield {**chunk({}), "choices": [], "usage": total}
 
 
-class ModelServer:
-    """Answers request after request as scripted, the last one for ever. `requests`: their JSON bodies."""
+def whole(says: Says, anthropic: bool) -> dict[str, Any]:
+    """The reply to a request that does not ask for a stream."""
+    tokens_in, tokens_out = says.tokens
+    if anthropic:
+        return {
+            "id": "msg", "type": "message", "role": "assistant", "model": "m", "stop_sequence": None,
+            "content": [{"type": "text", "text": says.text}],
+            "stop_reason": "refusal" if says.refusal else "end_turn",
+            "usage": {"input_tokens": tokens_in, "output_tokens": tokens_out},
+        }  # fmt: skip
+    said = {"content": None, "refusal": "no"} if says.refusal else {"content": says.text}
+    return {
+        "id": "c", "object": "chat.completion", "created": 1, "model": "m",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **said}}],
+        "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": sum(says.tokens)},
+    }  # fmt: skip
 
-    def __init__(self, *script: Says | Fails) -> None:
+
+class ModelServer:
+    """Answers request after request as scripted, the last one for ever; a function is given the request's JSON body.
+    `requests`: these bodies."""
+
+    def __init__(self, *script: Says | Fails | Callable[[dict[str, Any]], Says]) -> None:
         self.script, self.requests = list(script), list[dict[str, Any]]()
         server = self
 
@@ -104,10 +126,15 @@ class ModelServer:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 server.requests.append(body)
                 answer = server.script.pop(0) if len(server.script) > 1 else server.script[0]
+                if callable(answer):
+                    answer = answer(body)
                 if isinstance(answer, Fails):
                     self._fail(answer)
-                else:
+                elif body.get("stream"):
                     self._stream(answer)
+                else:
+                    time.sleep(answer.seconds)
+                    self._answer(answer)
 
             def _fail(self, answer: Fails) -> None:
                 data = json.dumps({"type": "error", **answer.body}).encode()
@@ -117,6 +144,16 @@ class ModelServer:
                     self.send_header(key, value)
                 self.end_headers()
                 self.wfile.write(data)
+
+            def _answer(self, says: Says) -> None:
+                data = json.dumps(whole(says, self.path.endswith("/messages"))).encode()
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                with contextlib.suppress(OSError):  # it was tired of waiting
+                    self.wfile.write(data[: len(data) // 2] if says.cut else data)
+                self.close_connection = says.cut
 
             def _stream(self, says: Says) -> None:
                 self.send_response(200)
@@ -156,7 +193,7 @@ class ModelServer:
 
 
 @contextlib.contextmanager
-def serving(*script: Says | Fails) -> Iterator[ModelServer]:
+def serving(*script: Says | Fails | Callable[[dict[str, Any]], Says]) -> Iterator[ModelServer]:
     server = ModelServer(*script)
     try:
         yield server

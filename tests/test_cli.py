@@ -27,7 +27,8 @@ FAST = TIER.records["fast"]
 CLAIM = TIER.measured.records["fast"].claim or FAST.horizon
 COMMANDS = [
     "doctor", "attack", "image", "tiers list", "tiers show", "tiers plan", "tiers calibrate", "tiers time",
-    "records list", "records show", "records plot", "data fetch", "data check", "data path", "new", "run",
+    "records list", "records show", "records plot", "data fetch", "data check", "data path", "judge eval",
+    "judge rules", "judge show", "new", "run",
     "submit", "play", "compare", "replay",
 ]  # fmt: skip
 

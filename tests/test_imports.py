@@ -22,7 +22,7 @@ LAYERS = [
     "errors", "types", "human", "public_rules", "actions", "content", "locking", "slots", "gpus", "hardware", "stats",
     "timing", "trials", "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "planning", "datasets",
     "claims", "workspace", "judging", "judging.static", "judging.material", "judging.providers", "judging.llm",
-    "judging.panel", "judging.cases", "backends",
+    "judging.panel", "judging.cases", "judging.conformance", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "literals", "episode", "resume", "report", "spaces", "env", "agents.ladder",
     "agents.search", "agents.language", "agents", "agents.remote", "agents.isolation", "wrappers", "compare", "plots",
