@@ -8,7 +8,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
@@ -26,11 +26,13 @@ from nanogpt_env.cli_options import (
     TierOption,
     environment,
     seats_of,
+    step_of,
 )
 from nanogpt_env.cli_records import records_app
+from nanogpt_env.cli_serving import add_serving_commands
 from nanogpt_env.cli_tiers import tiers_app
 from nanogpt_env.display import console, errors, print_json, say
-from nanogpt_env.env import Speedrun, StepResult
+from nanogpt_env.env import Speedrun
 from nanogpt_env.errors import ActionError, BackendError, JudgeError, NanoGPTError
 from nanogpt_env.tiers import load_tier
 from nanogpt_env.tracks import StepsTier
@@ -66,6 +68,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")
 add_host_commands(app)
 add_agent_commands(app)
+add_serving_commands(app)
 
 
 def main() -> NoReturn:
@@ -122,19 +125,7 @@ def _load(env: Speedrun, folder: Path) -> None:
             text = (folder / name).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise typer.BadParameter(f"{folder / name} is not UTF-8 text: {error}") from None
-        _step(env, {"type": "write_file", "path": name, "text": text})
-
-
-def _step(env: Speedrun, action: dict[str, Any]) -> StepResult:
-    """A step whose refusal is the user's mistake; as a dict, so that numbers out of range are refused too."""
-    result = env.step(action)
-    if kind := result[4].get("error"):
-        if kind == "BackendError":
-            raise BackendError(result[0]["text"])
-        if kind == "JudgeError":
-            raise JudgeError(result[0]["text"])
-        raise ActionError(result[0]["text"])
-    return result
+        step_of(env, {"type": "write_file", "path": name, "text": text})
 
 
 @app.command()
@@ -175,7 +166,7 @@ def run(
     """Train a candidate once, with validation on the public shard."""
     with environment(tier, sandbox) as (env, _):
         _load(env, folder)
-        observation, _, _, _, info = _step(env, {"type": "run", "horizon": horizon, "steps": steps, "seed": seed})
+        observation, _, _, _, info = step_of(env, {"type": "run", "horizon": horizon, "steps": steps, "seed": seed})
     if as_json:
         print_json({"tier": env.tier.name, **info["run"]})
     else:
@@ -209,7 +200,7 @@ def submit(
                     f"no --claim: running the candidate at horizon {horizon} (--horizon) until its runs support one"
                 )
                 _scout(env, horizon, progress)
-        observation, reward, _, _, info = _step(env, {"type": "submit", "claim": claim, "horizon": horizon})
+        observation, reward, _, _, info = step_of(env, {"type": "submit", "claim": claim, "horizon": horizon})
     verdict = info["verdict"]
     if as_json:
         print_json({**verdict, "reward": reward, "recovered": info["recovered"], "ledger": info["ledger"]})
@@ -222,7 +213,7 @@ def _scout(env: Speedrun, horizon: int, progress: display.RunProgress) -> None:
     """Run the candidate until its runs support a claim."""
     sources = dict(env.workspace.files)
     for i in range(SCOUT_RUNS):
-        observation, _, _, _, info = _step(env, {"type": "run", "horizon": horizon})
+        observation, _, _, _, info = step_of(env, {"type": "run", "horizon": horizon})
         if info["run"]["exit_reason"] != "completed":
             raise JudgeError(f"the candidate's run did not complete\n{observation['text']}")
         advice = env.episode.advice(sources, horizon)

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from nanogpt_env import display
 from nanogpt_env.backends.local import SANDBOXES
-from nanogpt_env.env import Speedrun
+from nanogpt_env.env import Speedrun, StepResult
+from nanogpt_env.errors import ActionError, BackendError, JudgeError
 from nanogpt_env.tables import JudgeSeat
 
 TierOption = Annotated[str, typer.Option("--tier", help="Name of a tier (see `tiers list`) or path of its folder.")]
@@ -106,3 +107,15 @@ def environment(
             yield env, progress
     finally:
         env.close()
+
+
+def step_of(env: Speedrun, action: dict[str, Any]) -> StepResult:
+    """A step whose refusal is the user's mistake; as a dict, so that numbers out of range are refused too."""
+    result = env.step(action)
+    if kind := result[4].get("error"):
+        if kind == "BackendError":
+            raise BackendError(result[0]["text"])
+        if kind == "JudgeError":
+            raise JudgeError(result[0]["text"])
+        raise ActionError(result[0]["text"])
+    return result

@@ -11,8 +11,10 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from nanogpt_env import scoring
@@ -311,12 +313,30 @@ class Episode:
         self._by_program[program, submission.plan] = verdict
 
     def _deliberate(self, submission: Submission, on_progress: OnProgress) -> tuple[list[Opinion], Opinion | None]:
-        def keep(opinion: Opinion, mode: str) -> None:
-            self.ledger.append("opinion", submission=submission.id, mode=mode, **opinion.model_dump())
+        """(opinions, the one that denies). The judges have a thread: an interruption does not wait for them."""
+        if not self.panel.seats:
+            return [], None
+        answer: Future[tuple[list[Opinion], Opinion | None]] = Future()
+        said: SimpleQueue[tuple[Opinion, str]] = SimpleQueue()
+        material = self.material(submission.sources)
 
-        if self.panel.seats:
+        def ask() -> None:
+            try:
+                answer.set_result(self.panel.deliberate(material, self.judge_spent, lambda *opinion: said.put(opinion)))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        while True:
             on_progress("the judges", None)
-        return self.panel.deliberate(self.material(submission.sources), self.judge_spent, keep)
+            with contextlib.suppress(TimeoutError):
+                answer.exception(POLL_S)
+            over = answer.done()
+            while not said.empty():
+                opinion, mode = said.get()
+                self.ledger.append("opinion", submission=submission.id, mode=mode, **opinion.model_dump())
+            if over:
+                return answer.result()
 
     def _reward(self, verdict: Verdict, submission: Submission) -> float:
         before = self.best

@@ -29,7 +29,7 @@ COMMANDS = [
     "doctor", "attack", "image", "tiers list", "tiers show", "tiers plan", "tiers calibrate", "tiers time",
     "records list", "records show", "records plot", "data fetch", "data check", "data path", "judge eval",
     "judge rules", "judge show", "new", "run",
-    "submit", "play", "compare", "replay",
+    "submit", "play", "compare", "mcp", "attach", "replay",
 ]  # fmt: skip
 
 

@@ -25,10 +25,12 @@ LAYERS = [
     "judging.panel", "judging.cases", "judging.conformance", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "literals", "episode", "resume", "report", "spaces", "env", "agents.ladder",
-    "agents.search", "agents.language", "agents", "agents.remote", "agents.isolation", "wrappers", "compare", "plots",
+    "agents.search", "agents.language", "agents", "agents.remote", "agents.isolation", "wrappers",
+    "serving", "serving.room", "serving.mcp", "serving.http", "serving.attach", "compare", "plots",
     "measure", "calibrate", "calibrate_wallclock",
     "published", "trap", "testing", "attacks.cases", "attacks.naive", "attacks.suite", "attacks",
-    "display", "cli_options", "cli_agents", "cli_data", "cli_host", "cli_judge", "cli_records", "cli_tiers", "cli",
+    "display", "cli_options", "cli_agents", "cli_data", "cli_host", "cli_judge", "cli_records", "cli_serving",
+    "cli_tiers", "cli",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Whatever the program's text talks the model into, the answer is at best "pass", 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -12,8 +13,9 @@ import re
 import secrets
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -108,14 +110,26 @@ class LLMJudge:
         )
 
     def _all(self, questions: list[_Question]) -> list[Asked]:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            try:
-                return list(pool.map(self._ask, questions))
-            except BaseException:  # Ctrl-C: what is under way ends with its connection
-                pool.shutdown(wait=False, cancel_futures=True)
-                if self.provider:
-                    self.provider.close()
-                raise
+        """Some at a time. The threads are daemons: after Ctrl-C nobody waits for an answer that may take minutes."""
+        waiting: list[tuple[_Question, Future[Asked]]] = [(question, Future()) for question in questions]
+        futures = [future for _, future in waiting]
+        threads = [Thread(target=self._work, args=(waiting,), daemon=True) for _ in questions[:AT_ONCE]]
+        try:
+            for thread in threads:
+                thread.start()
+            return [future.result() for future in futures]
+        except BaseException:
+            waiting.clear()
+            raise
+
+    def _work(self, waiting: list[tuple[_Question, Future[Asked]]]) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                question, future = waiting.pop(0)
+                try:
+                    future.set_result(self._ask(question))
+                except BaseException as error:
+                    future.set_exception(error)
 
     def _ask(self, question: _Question) -> Asked:
         key = question.key()

@@ -1,0 +1,83 @@
+"""A folder that is kept in step with an episode, for agents that edit files with tools of their own.
+
+Only the tier's files are taken from it, by the same rules as an action's; nothing in it is run but by the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanogpt_env.env import Speedrun, StepResult
+from nanogpt_env.errors import ActionError
+from nanogpt_env.ledger import write_whole
+
+MARK = ".nanogpt-env.json"
+"""names the tier and the episode's folder"""
+
+
+class Checkout:
+    """The folder `path`. Raises `ActionError` for one that cannot be attached."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.mark = path, path / MARK
+
+    def known(self) -> dict[str, str]:
+        """{"tier", "episode"} of an attached folder, or {}."""
+        try:
+            found = json.loads(_read(self.mark, 1 << 16))
+            return {"tier": str(found["tier"]), "episode": str(found["episode"])}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ActionError(f"{self.mark} is damaged: {error!r}") from None
+
+    def begin(self, env: Speedrun, tier: str) -> None:
+        """A new episode, whose files are written into the folder."""
+        files = {*env.tier.files, "task.md", "rules.md"}
+        if there := sorted(name for name in files if (self.path / name).exists()):
+            raise ActionError(f"{self.path} has {', '.join(there)} already; attach another folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        env.reset()
+        for name, text in {**env.workspace.files, "task.md": env.tier.task, "rules.md": env.rules()}.items():
+            if text:
+                write_whole(self.path / name, text)
+        write_whole(self.mark, json.dumps({"tier": tier, "episode": str(env.episode.folder.resolve())}))
+
+    def go_on(self, env: Speedrun, episode: Path) -> None:
+        """With the episode. The time since the last command counts."""
+        try:
+            os.utime(episode / "ledger.jsonl")
+        except OSError as error:
+            raise ActionError(f"the episode of {self.path} cannot be gone on with: {error}") from None
+        env.resume(episode)
+
+    def sync(self, env: Speedrun, step: Callable[[dict[str, Any]], StepResult]) -> list[str]:
+        """Take what changed in the folder into the workspace: the files that did."""
+        changed = []
+        for name in env.tier.files:
+            limit = env.tier.table.limits.source_bytes
+            try:
+                text = _read(self.path / name, limit)
+            except (OSError, ValueError) as error:
+                raise ActionError(f"{self.path / name}: {error}") from None
+            if text != env.workspace.files[name]:
+                step({"type": "write_file", "path": name, "text": text})
+                changed.append(name)
+        return changed
+
+
+def _read(path: Path, limit: int) -> str:
+    """A plain file's text. Links, pipes and the like are not followed: an agent may have laid them."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("is no plain file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"has more than {limit} bytes")
+    return data.decode("utf-8")
