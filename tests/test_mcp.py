@@ -206,7 +206,7 @@ class Slow(FakeBackend):
         return run
 
     def gated(self, run, timeout):
-        if not self.gate.wait(timeout):
+        if not run.cancelled and not self.gate.wait(timeout):
             raise TimeoutError
         return type(run).result(run)
 
@@ -226,8 +226,8 @@ def test_a_submission_goes_on_while_nobody_is_connected(rooms):
 
     first, refused_edit, refused_submit, verified = talk(submit, server)
     assert "being verified" in first and verified == "rerun 1"
-    assert refused_edit.startswith("!a submission is being verified")
-    assert refused_submit.startswith("!a submission is being verified")
+    assert "!" in refused_edit and "a submission is being verified (rerun 1)" in refused_edit
+    assert "!" in refused_submit and "a submission is being verified" in refused_submit
     backend.gate.set()
     again = talk(lambda client: use(client, "result"), server)
     assert "accepted" in again
@@ -262,7 +262,7 @@ def test_one_at_a_time_and_none_after_the_end(rooms):
     with pytest.raises(LedgerError, match="another environment"):
         rooms()
     talk(lambda client: use(client, "stop"), serve(room))
-    assert talk(lambda client: use(client, "read_file"), serve(room)).startswith("!the episode is over")
+    assert talk(lambda client: use(client, "read_file"), serve(room)).count("the episode is over")
     room.close()
     with pytest.raises(ActionError, match="has ended"):
         rooms()
@@ -288,9 +288,14 @@ def serving(rooms, names=("a", "b"), tokens=True, **backends):
         at.close()
 
 
-def client_of(url, name, token=None):
+@contextlib.asynccontextmanager
+async def client_of(url, name, token=None):
     headers = {"Authorization": f"Bearer {token or 'token-' + name}"}
-    return streamable_http_client(f"{url}/{name}/mcp", http_client=create_mcp_http_client(headers=headers))
+    async with (
+        create_mcp_http_client(headers=headers) as http,
+        streamable_http_client(f"{url}/{name}/mcp", http_client=http) as streams,
+    ):
+        yield streams
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -349,10 +354,9 @@ def test_requests_are_bounded_in_size_and_time(rooms, monkeypatch):
         assert post(f"{url}/a/mcp", b"x" * (3 << 20), **good) == 413
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as slow:
-            lines = [
-                f"POST /a/mcp HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
-            ]
-            slow.sendall((lines[0] + "".join(f"{k}: {v}\r\n" for k, v in good.items()) + "\r\n{").encode())
+            good |= {"Host": f"{host}:{port}", "Content-Type": "application/json", "Content-Length": "99"}
+            head = "POST /a/mcp HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in good.items())
+            slow.sendall(f"{head}\r\n{{".encode())
             began = time.monotonic()
             while slow.recv(4096):
                 pass
@@ -391,8 +395,8 @@ asyncio.run(main())
 
 
 def stdio(tmp_path, *arguments, tier=TINY):
-    command = [COMMAND, "mcp", "--tier", str(tier), "--output", str(tmp_path / "episodes"), *map(str, arguments)]
-    return StdioServerParameters(command=command[0], args=command[1:], env=dict(os.environ))
+    arguments = ["mcp", "--tier", str(tier), "--output", str(tmp_path / "episodes"), *map(str, arguments)]
+    return StdioServerParameters(command=str(COMMAND), args=arguments, env=dict(os.environ))
 
 
 def test_a_nano_episode_to_a_verified_reward(tmp_path):
@@ -428,9 +432,10 @@ def test_a_server_that_was_killed_goes_on(tmp_path):
             with contextlib.suppress(OSError):
                 if "mcp" in Path(f"/proc/{pid}/cmdline").read_text():
                     os.kill(pid, signal.SIGKILL)
+        await use(client, "status")
 
     before = of_this_process()
-    with contextlib.suppress(BaseException):
+    with pytest.raises(ExceptionGroup):  # as the client's library says that the connection is gone
         talk(first, stdio(tmp_path))
     assert "still here" in talk(lambda client: use(client, "notes"), stdio(tmp_path))
     assert left_after(of_this_process() - before, 10) == []
@@ -473,6 +478,5 @@ def test_bad_arguments(tmp_path):
         (("--episodes", "a,b"), "--http"),
         (("--http", "127.0.0.1:0", "--episodes", "a/b"), "names of episodes"),
         (("--http", "127.0.0.1:0", "--episodes", "a,a"), "names of episodes"),
-        (("--json",), "--http"),
     ):
         refused(call("mcp", "--tier", TINY, "--output", tmp_path, *arguments), message)

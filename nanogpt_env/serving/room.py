@@ -152,7 +152,10 @@ class Room:
     # --- the end ---
 
     def close(self) -> None:
-        """Leave the episode: runs are cancelled and charged, a submission that is under way is void."""
+        """Leave the episode: runs are cancelled and charged, a submission that is under way is void. Safe to call
+        twice."""
+        if self._closing:
+            return
         self._closing = True
         if self._submission:
             self._submission.cancel()
