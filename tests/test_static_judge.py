@@ -53,7 +53,7 @@ def test_reasons_name_their_line():
     assert judge_rule("import torch\nimport os\n\n" + RULE)[0].startswith("line 2: may not import os")
     assert judge_rule("x = 1\n\neval('1')\n" + RULE) == ["line 3: a candidate may not call eval"]
     assert judge_rule("import torch\ntorch.hub.load\n" + RULE) == ["line 2: a candidate may not use torch.hub"]
-    assert judge_rule("x = 1\n") == ["optimizer.py must define configure"]
+    assert judge_rule("x = 1\n") == ["line 1: optimizer.py must define configure"]
 
 
 def test_every_reason_is_given():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from pydantic import Field
 
-from nanogpt_env import __version__, human
+from nanogpt_env import human
 from nanogpt_env.errors import ActionError, NanoGPTError
 from nanogpt_env.judging.static import static_rules
 from nanogpt_env.serving.room import Reply, Room
@@ -35,8 +36,9 @@ Ctx = Context[Any, Any]
 
 def serve(room: Room) -> MCPServer[Any]:
     """A server for one episode: whoever is connected to it plays that."""
+    version = importlib.metadata.version("nanogpt_env")
     server: MCPServer[Any] = MCPServer(
-        "nanogpt-env", title="NanoGPT speedrun", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING"
+        "nanogpt-env", title="NanoGPT speedrun", instructions=INSTRUCTIONS, version=version, log_level="WARNING"
     )
     _Tools(room).add(server)
     _resources(room, server)
