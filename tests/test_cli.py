@@ -15,6 +15,7 @@ from helpers import copy_tier
 import nanogpt_env
 from nanogpt_env.cli import app
 from nanogpt_env.cli_data import data_app
+from nanogpt_env.cli_judge import judge_app
 from nanogpt_env.cli_records import records_app
 from nanogpt_env.cli_tiers import tiers_app
 from nanogpt_env.slots import Slots
@@ -80,8 +81,8 @@ def candidate(tmp_path):
 
 def test_the_commands_are_those_tested():
     names = [c.name or c.callback.__name__ for c in app.registered_commands]
-    groups = {"tiers": tiers_app, "records": records_app, "data": data_app}
-    names += [f"{name} {c.name}" for name, group in groups.items() for c in group.registered_commands]
+    groups = {"tiers": tiers_app, "records": records_app, "data": data_app, "judge": judge_app}
+    names += [f"{name} {c.name or c.callback.__name__}" for name, group in groups.items() for c in group.registered_commands]
     assert sorted(names) == sorted(COMMANDS)
 
 

@@ -68,7 +68,7 @@ def test_it_plays_as_it_would_here(env):
 LOOKS = {
     "the ledger": "pathlib.Path(info['ledger']).read_text()",
     "other processes": "[p for p in os.listdir('/proc') if p.isdigit() and int(p) > 9]",
-    "the home folder": "[p for p in os.listdir(HOME) if not sys.base_prefix.startswith(HOME + '/' + p)]",
+    "the home folder": "[p for p in os.listdir(HOME) if not any(x.startswith(f'{HOME}/{p}') for x in SHOWN)]",
     "the records of the ladder": "[r.sources for n, r in self.tier.records.items() if n != 'adamw' and r.sources]",
     "the tiers": "__import__('nanogpt_env.tiers').tiers.load_tier('nano-steps').record('normuon').sources",
     "the trainer": "pathlib.Path(REPOSITORY + '/gpu_backend/trainer.py').read_text()",
@@ -111,6 +111,7 @@ def a_process_with_a_key(monkeypatch):
 
 def looking(what, server, tmp_path):
     known = {"HOME": str(Path.home()), "REPOSITORY": str(EXAMPLES.parent), "STATE": str(tmp_path / "state")}
+    known["SHOWN"] = [sys.base_prefix, str(EXAMPLES.parent)]
     known["PORT"] = int(server.url.rsplit(":", 1)[1])
     names = "\n".join(f"{name} = {value!r}" for name, value in known.items())
     look = f"""
