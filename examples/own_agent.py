@@ -22,8 +22,9 @@ class WithCooldown:
         return Stop()
 
 
-env = Speedrun("nano-steps")
-played = play(env, WithCooldown(env.tier))
-accepted = [v["submission"] for v in played.verdicts if v["accepted"]]
-print(f"accepted {accepted}, recovered {played.info['recovered']:.2f}")
-env.close()
+if __name__ == "__main__":
+    env = Speedrun("nano-steps")
+    played = play(env, WithCooldown(env.tier))
+    accepted = [v["submission"] for v in played.verdicts if v["accepted"]]
+    print(f"accepted {accepted}, recovered {played.info['recovered']:.2f}")
+    env.close()

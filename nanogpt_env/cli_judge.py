@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from nanogpt_env import display
-from nanogpt_env.cli_options import DirArgument, JsonOption, TierOption
+from nanogpt_env.cli_options import DirArgument, JsonOption, TierOption, own_modules
 from nanogpt_env.display import console, print_json, say
 from nanogpt_env.errors import ActionError
 from nanogpt_env.judging import Material, read_rules
@@ -35,7 +35,10 @@ def evaluate_judge(
 ) -> int:
     """Precision, recall, agreement, cost and time of a judge on labelled cases."""
     options: dict[str, Any] = {key: value for key, value in (("model", model), ("votes", votes)) if value is not None}
+    own_modules(name)
     judge = find_judge(name, options)
+    if ":" in name and cases is None:
+        raise ActionError(f"{name} is a class and has no cases: name a folder of them, --cases")
     folder = cases or judge_folder(name) / "cases"
     if record:
         if not isinstance(judge, LLMJudge):
@@ -55,7 +58,8 @@ def _print(found: Evaluation) -> None:
     table = Table("case", "said", "where", title=f"wrong, or not to be had: {found.judge} {found.model}".strip())
     for row in found.rows:
         if not row.right:
-            table.add_row(row.case, row.opinion.outcome, row.opinion.text().partition(": ")[2][:100])
+            where = "" if row.opinion.outcome == "pass" else row.opinion.text().partition(": ")[2][:100]
+            table.add_row(row.case, row.opinion.outcome, where)
     if table.row_count:
         console.print(table)
     dollars = "unknown cost" if found.dollars is None else f"{found.dollars:.4f} dollars"
@@ -78,7 +82,10 @@ def _with(value: float | None, interval: tuple[float, float] | None = None) -> s
 def rules(name: NameArgument = "rulebook", tier: TierOption = "nano-steps", as_json: JsonOption = False) -> int:
     """The rules that a judge holds a tier's programs to."""
     loaded = load_tier(tier, calibrated=False)
-    book = read_rules(judge_folder(name) / "rules.toml").of(loaded.table.track, loaded.model_rule)
+    path = judge_folder(name) / "rules.toml"
+    if not path.exists():
+        raise ActionError(f"judge {name} has no rule book")
+    book = read_rules(path).of(loaded.table.track, loaded.model_rule)
     print_json(book) if as_json else say(book.text())
     return 0
 

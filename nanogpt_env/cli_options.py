@@ -53,8 +53,8 @@ JudgeOption = Annotated[
     list[str] | None,
     typer.Option(
         "--judge",
-        help="NAME or NAME=veto, instead of the tier's judges; may be repeated. See `judge --help`.",
-        metavar="NAME[=MODE]",
+        help="NAME, NAME=veto or NAME=veto,KEY=VALUE, instead of the tier's judges; may be repeated.",
+        metavar="NAME[=MODE][,KEY=VALUE]",
     ),
 ]
 
@@ -63,13 +63,21 @@ def seats_of(options: list[str] | None) -> list[JudgeSeat] | None:
     """Raises `BadParameter`; None where no option was given."""
     seats = []
     for option in options or ():
-        name, _, mode = option.partition("=")
-        if mode not in ("", "veto", "advisory"):
-            raise typer.BadParameter(f"a judge is NAME, NAME=advisory or NAME=veto, not {option!r}")
-        if ":" in name:
-            sys.path.insert(0, os.getcwd())  # a class of the user's own
-        seats.append(JudgeSeat(name=name, mode="veto" if mode == "veto" else "advisory"))
+        first, *more = option.split(",")
+        name, _, mode = first.partition("=")
+        if mode not in ("", "veto", "advisory") or not all("=" in part for part in more):
+            raise typer.BadParameter(f"a judge is NAME, NAME=advisory or NAME=veto, then ,KEY=VALUE, not {option!r}")
+        own_modules(name)
+        given = dict(part.split("=", 1) for part in more)
+        limits = {key: float(given.pop(key)) for key in ("tokens", "dollars") if key in given}
+        seats.append(JudgeSeat(name=name, mode="veto" if mode == "veto" else "advisory", options=given, **limits))
     return seats or None
+
+
+def own_modules(name: str) -> None:
+    """A class module:Class may lie in the folder that the command is called in."""
+    if ":" in name:
+        sys.path.insert(0, os.getcwd())
 
 
 def budget_of(options: list[str] | None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 from pathlib import Path
@@ -29,6 +30,7 @@ from nanogpt_env.ledger import write_whole
 from nanogpt_env.report import state_text
 from nanogpt_env.serving.attach import Checkout
 from nanogpt_env.serving.room import Room
+from nanogpt_env.tables import JudgeSeat
 
 ApartOption = Annotated[
     bool,
@@ -98,8 +100,7 @@ def mcp(
         at = stack.enter_context(web.listen(host, port)) if http else None
         rooms = {name: _opened(stack, make, folder / name) for name in names}
         if at is None:
-            errors.print(f"serving {rooms[names[0]].env.episode.folder}", markup=False, soft_wrap=True)
-            tools.serve(rooms[names[0]]).run("stdio")
+            _over_stdio(rooms[names[0]], tools.serve(rooms[names[0]]))
             return 0
         doors = {
             name: web.Door(tools.serve(room), None if no_token else _token(folder / name / "token"))
@@ -116,6 +117,16 @@ def mcp(
             say(f"{line['url']}" + (f"   Authorization: Bearer {line['token']}" if line["token"] else ""))
         web.run(web.application(doors, host), at)
     return 0
+
+
+def _over_stdio(room: Room, server: Any) -> None:
+    errors.print(f"serving {room.env.episode.folder}", markup=False, soft_wrap=True)
+    try:
+        server.run("stdio")
+    except KeyboardInterrupt:  # a thread still waits for the client's next line: nothing ends it but the process
+        room.close()
+        errors.print("interrupted; nothing is left running")
+        os._exit(130)
 
 
 def _opened(stack: contextlib.ExitStack, make: Any, folder: Path) -> Room:
@@ -155,7 +166,6 @@ def attach(
     seed: Annotated[int | None, typer.Option(min=0, help="Repeat a run exactly.")] = None,
     claim: Annotated[int | None, typer.Option(min=1, help="Steps that a submission claims.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where a new episode's ledger goes.")] = None,
-    apart: ApartOption = False,
     budget: BudgetOption = None,
     judge: JudgeOption = None,
     sandbox: SandboxOption = "auto",
@@ -164,14 +174,20 @@ def attach(
     """Keep a folder in step with an episode: edit the files there, then `run` and `submit`.
 
     The first call makes the folder and the episode. Each call takes the files in as they are, does what it is asked
-    to, and leaves the episode for the next one.
+    to, and leaves the episode for the next one. What is verified so is `trusted: false`.
     """
     checkout = Checkout(folder)
     known = checkout.known()
-    if known and tier not in (None, known["tier"]):
-        raise ActionError(f"{folder} is attached to an episode of {known['tier']}")
+    if known and (tier or output or budget or judge):
+        begun = f"is attached to an episode of {known['tier']}"
+        raise ActionError(f"{folder} {begun}, which keeps its tier, output, budget and judges")
+    if not known and action != "sync":
+        raise ActionError(
+            f"{folder} is not attached: `nanogpt-env attach {folder} --tier TIER` begins an episode there"
+        )
     tier = known.get("tier") or tier or "nano-steps"
-    with environment(tier, sandbox, output, budget_of(budget), apart, seats_of(judge)) as (env, _):
+    seats = [JudgeSeat(**seat) for seat in known["judges"]] if known else seats_of(judge)
+    with environment(tier, sandbox, output, budget_of(budget), False, seats) as (env, _):
         if known:
             checkout.go_on(env, Path(known["episode"]))
         else:
@@ -182,6 +198,9 @@ def attach(
         finally:
             if not env.episode.over:
                 env.leave()
+    if not known:
+        names = ", ".join(env.tier.files)
+        text += f"\nedit {names} in {folder}, then: nanogpt-env attach {folder} run"
     if as_json:
         print_json({"folder": str(folder), "changed": changed, "text": text, **info})
     else:

@@ -84,7 +84,9 @@ class RunProgress:
             self._shown = (what, handle)
         progress = handle.progress() if handle else None
         if progress and self._task is not None:
-            loss = f", train loss {progress.train_loss:.3f}" if progress.train_loss else ""
+            # of reruns it is nobody's business who could interrupt them
+            known = progress.train_loss and not what.startswith("rerun")
+            loss = f", train loss {progress.train_loss:.3f}" if known else ""
             state = f"{what}{loss}, evaluating" if progress.evaluating else f"{what}{loss}"
             self._bar.update(self._task, completed=progress.done, total=progress.total, description=state)
 

@@ -23,7 +23,7 @@ from nanogpt_env.backends import Backend, RunHandle
 from nanogpt_env.backends.shared import host_secret
 from nanogpt_env.budget import RUN_METERS, Budget, Reservation
 from nanogpt_env.claims import ClaimAdvice, advise
-from nanogpt_env.errors import ActionError, BackendError, BudgetError, JudgeError, LedgerError
+from nanogpt_env.errors import ActionError, BackendError, BudgetError, JudgeError, JudgeUnavailable, LedgerError
 from nanogpt_env.judging import Material
 from nanogpt_env.judging.panel import Panel, Spent
 from nanogpt_env.judging.static import judge_source
@@ -34,6 +34,7 @@ from nanogpt_env.verify import OnProgress, Program, Submission, verify
 from nanogpt_env.workspace import normal_form
 
 MIN_RUN_SECONDS = 1.0
+FREE_EVASIONS = 2
 POLL_S = 0.2
 
 
@@ -79,6 +80,8 @@ class Episode:
         self.runs: dict[str, AgentRun] = {}
         self.verdicts: list[Verdict] = []
         self.judge_spent: dict[str, Spent] = {}
+        self.evasions = 0
+        """submissions that a judge answered about, but not usably"""
         self.over = ""
         self._steps, self._finished, self._left, self._lock = 0, False, False, threading.Lock()
         self._submitted = 0
@@ -295,16 +298,24 @@ class Episode:
             said = [opinion.model_dump() for opinion in opinions]
             seal(self.folder / "evidence" / f"{submission.id}.json", {**evidence, "opinions": said})
             verdict = verdict.model_copy(update={"opinions": tuple(opinions)})
-        except BaseException:
-            # undecided: neither charged nor cached. Ctrl-C ends here too, after the reruns were cancelled.
-            self._settle(submission.id, reservation, {})
-            self.ledger.append("void", submission=submission.id)
+        except BaseException as error:
+            self._void(submission, reservation, error)
             raise
         self._settle(submission.id, reservation, {"submissions": 1.0})
         verdict = verdict.model_copy(update={"trusted": verdict.trusted and self.agent_trusted})
-        self.remember(verdict, submission)
         self.ledger.append("verdict", **verdict.model_dump(exclude={"cached"}))
+        self.remember(verdict, submission)
         return verdict, self._reward(verdict, submission)
+
+    def _void(self, submission: Submission, reservation: Reservation, error: BaseException) -> None:
+        """Undecided, and free if our side failed. An interruption is charged: an agent that can bring one about would
+        look at the first reruns and begin anew until they please it. So is text that judges cannot answer about, after
+        a few times."""
+        evasive = isinstance(error, JudgeUnavailable) and error.reached
+        self.evasions += evasive
+        charged = not isinstance(error, Exception) or (evasive and self.evasions > FREE_EVASIONS)
+        self._settle(submission.id, reservation, {"submissions": 1.0} if charged else {})
+        self.ledger.append("void", submission=submission.id, evasive=evasive)
 
     def remember(self, verdict: Verdict, submission: Submission) -> None:
         """Measured ones by the program, denied ones by the very text: a comment can be what a judge denied."""

@@ -46,7 +46,11 @@ class TrainerKilled(BackendError):
 
 
 class JudgeUnavailable(BackendError):
-    pass
+    """reached: it answered, but not so that an opinion could be had, which may be the program's doing."""
+
+    def __init__(self, message: str, reached: bool = False) -> None:
+        super().__init__(message)
+        self.reached = reached
 
 
 class LedgerError(NanoGPTError):

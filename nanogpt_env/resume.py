@@ -72,10 +72,13 @@ def resume(
 
 
 def _opened(path: Path, head: Mapping[str, Any], tier: Tier, backend: Backend, panel: Panel) -> Episode:
-    if head["tier"] != tier.name or head["fingerprint"] != tier.fingerprint():
+    if head["tier"] != tier.name:
+        raise LedgerError(f"{path} is of tier {head['tier']}, not of {tier.name}")
+    if head["fingerprint"] != tier.fingerprint():
         raise LedgerError(f"{path} is of tier {head['tier']} as it was: now its settings or calibration are others")
     if head["judges"] != [seat.model_dump() for seat in panel.seats]:
-        raise LedgerError(f"{path} had other judges")
+        had = ", ".join(f"{seat['name']}={seat['mode']}" for seat in head["judges"])
+        raise LedgerError(f"{path} had other judges: {had or 'none'}")
     # it cannot be told when it died: at the latest when it last wrote
     budget = Budget(head["budget"], elapsed=max(0.0, path.stat().st_mtime - head["time"]))
     span = tier.span(head["start"]["record"], head["anchor"]["record"], head.get("human_only"))
@@ -89,6 +92,9 @@ class _Past:
         self.episode, self.snapshots = episode, snapshots
         self.reserved: dict[str, dict[str, float]] = {}
         self.submitted: dict[str, dict[str, Any]] = {}
+        self.reran: dict[str, float] = {}
+        self.charged: set[str] = set()
+        """submissions"""
 
     def read(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -107,8 +113,9 @@ class _Past:
             episode.runs[handle] = run
             episode.ledger.append("run", handle=handle, error=INTERRUPTED)
         for name in self.submitted:
-            episode._settle(name, episode.budget.reserve({}), {"submissions": 1.0})
-            episode.ledger.append("void", submission=name)
+            if name not in self.charged:
+                episode._settle(name, episode.budget.reserve({}), {"submissions": 1.0})
+            episode.ledger.append("void", submission=name, evasive=False)
 
     def _resume(self, line: dict[str, Any]) -> None:
         self.episode.agent_trusted = self.episode.agent_trusted and line["agent_trusted"]
@@ -118,6 +125,8 @@ class _Past:
 
     def _charge(self, line: dict[str, Any]) -> None:
         self.reserved.pop(line["handle"], None)
+        if line["used"].get("submissions"):
+            self.charged.add(line["handle"])
         for meter, amount in line["used"].items():
             self.episode.budget.charge(meter, amount)
 
@@ -138,6 +147,7 @@ class _Past:
 
     def _rerun(self, line: dict[str, Any]) -> None:
         self.episode.budget.verification_device_seconds += line["device_seconds"]
+        self.reran[line["submission"]] = self.reran.get(line["submission"], 0.0) + line["device_seconds"]
 
     def _opinion(self, line: dict[str, Any]) -> None:
         name = line["judge"]
@@ -146,9 +156,13 @@ class _Past:
 
     def _void(self, line: dict[str, Any]) -> None:
         self.submitted.pop(line["submission"], None)
+        self.episode.evasions += line["evasive"]
 
     def _verdict(self, line: dict[str, Any]) -> None:
         verdict, episode = Verdict(**line), self.episode
+        # with runs that were started and then not needed
+        more = verdict.device_seconds - self.reran.get(verdict.submission, 0.0)
+        episode.budget.verification_device_seconds += max(0.0, more)
         offer = self.submitted.pop(verdict.submission)
         evidence = json.loads((episode.folder / "evidence" / f"{verdict.submission}.json").read_text())
         plan = Plan(steps=offer["claim"], horizon=offer["horizon"]) if offer["horizon"] else None

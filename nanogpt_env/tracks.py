@@ -32,6 +32,7 @@ from nanogpt_env.tables import (
 from nanogpt_env.timing import PairTest
 from nanogpt_env.trials import FixedTrial, LossTrial, TimeTrial, Trial
 from nanogpt_env.types import Job, Limits, Plan, StepsJob, WallclockJob
+from nanogpt_env.workspace import without_comments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +278,7 @@ class StepsTier(Tier):
         training = self.table.training
         return StepsJob(
             **self._job_fields(seed, shards),
-            source=sources[self.files[0]],
+            source=without_comments(sources[self.files[0]], self.files[0]),
             batch_size=training.batch_size,
             steps=plan.steps,
             horizon=plan.horizon,
@@ -375,7 +376,7 @@ class WallclockTier(Tier):
         training = self.table.training
         return WallclockJob(
             **self._job_fields(seed, shards),
-            sources=dict(sources),
+            sources={name: without_comments(source, name) for name, source in sources.items()},
             tokens=training.tokens,
             max_batch_tokens=training.max_batch_tokens,
             model_rule=training.model_rule,

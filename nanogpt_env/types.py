@@ -232,6 +232,8 @@ class Opinion(Record):
     outcome: Judgement
     findings: tuple[Finding, ...] = ()
     detail: str = ""
+    reached: bool = False
+    """of one that is unavailable: it answered, but not so that it could be used"""
     votes: tuple[Judgement, ...] = ()
     agreement: float | None = None
     """share of the votes that were to be had that say what the outcome says"""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import re
+import tokenize
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +40,37 @@ def parse_source(source: str, name: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source, name)
+
+
+def apart(source: str, name: str) -> tuple[list[str], list[tuple[int, str]]]:
+    """(lines without comments, comments with their line numbers), a line of the source each. Raises `SyntaxError`."""
+    lines = source.split("\n")
+    comments = []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                comments.append((row, token.string))
+                lines[row - 1] = lines[row - 1][:column].rstrip()
+        if same_program("\n".join(lines), source, name):
+            return lines, comments
+    except (tokenize.TokenError, IndexError, ValueError, RecursionError) as error:
+        raise SyntaxError(f"{name}: {error}") from None
+    raise SyntaxError(f"{name}: its comments cannot be told from its program")
+
+
+def same_program(one: str, other: str, name: str) -> bool:
+    """Whether two sources have the same syntax tree. Raises as `parse_source`."""
+    return ast.dump(parse_source(one, name)) == ast.dump(parse_source(other, name))
+
+
+def without_comments(source: str, name: str) -> str:
+    """What runs: a program could read its comments, which no judge takes for a part of it. Lines stay where they are.
+    What is no Python is left to fail as it is."""
+    try:
+        return "\n".join(apart(source, name)[0])
+    except SyntaxError:
+        return source
 
 
 def normal_form(sources: Mapping[str, str], numbers: bool = True) -> str:

@@ -13,8 +13,8 @@ from episodes import FAST, SLOW
 from processes import left_after, of_this_process
 from test_cli import COMMAND, call, call_json, refused
 
-from nanogpt_env.ledger import read_ledger
 from nanogpt_env.replay import replay
+from nanogpt_env.serving.attach import Checkout
 from nanogpt_env.tiers import load_tier
 
 TIER = load_tier(TINY)
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def episode_of(folder):
-    return json.loads((folder / ".nanogpt-env.json").read_text())["episode"]
+    return Checkout(folder).known()["episode"]
 
 
 def test_edits_runs_and_a_verified_reward(folder, tmp_path):
@@ -52,13 +52,17 @@ def test_edits_runs_and_a_verified_reward(folder, tmp_path):
     assert replay(tmp_path / "state" / os.path.basename(episode_of(folder))).differences == []
 
 
-def test_an_agent_with_a_user_of_its_own_is_trusted(tmp_path):
-    call("attach", tmp_path / "work", "--tier", TINY, "--output", tmp_path / "state", "--apart")
-    (ledger,) = (tmp_path / "state").glob("*/ledger.jsonl")
-    assert read_ledger(ledger)[0][0]["agent_trusted"] is True
-    call("attach", tmp_path / "work")
-    (resumed,) = [line for line in read_ledger(ledger)[0] if line["kind"] == "resume"]
-    assert resumed["agent_trusted"] is False, "one call without it is enough"
+def test_no_second_episode_and_nothing_that_the_folder_says(folder, tmp_path):
+    """Whoever could name an episode or tier in the folder would have that of others, or code run as the operator."""
+    for path in folder.iterdir():
+        path.unlink()
+    refused(call("attach", folder), "optimizer.py")
+    (folder / "optimizer.py").write_text(FAST)
+    refused(call("attach", folder, "--budget", "runs=1000"), "keeps its tier")
+    refused(call("attach", folder, "--judge", "subprocess:Popen"), "keeps its tier")
+    assert call_json("attach", folder)["changed"] == ["optimizer.py"]
+    assert len(list((tmp_path / "state").glob("*/ledger.jsonl"))) == 1
+    refused(call("attach", tmp_path / "b", "--judge", "subprocess:Popen"), "is no judge")
 
 
 @pytest.mark.parametrize("what", ["link", "pipe", "folder", "missing", "large", "no text", "hidden characters"])
@@ -90,15 +94,17 @@ def test_time_passes_between_calls(folder, tmp_path):
 def test_wrong_calls(folder, tmp_path):
     refused(call("attach", folder, "run", "--claim", 3), "run takes no --claim")
     refused(call("attach", folder, "dance"), "dance")
-    refused(call("attach", folder, "run", "--tier", "micro-steps"), "is attached to")
+    refused(call("attach", folder, "run", "--tier", "micro-steps"), "keeps its tier")
     refused(call("attach", tmp_path / "new", "--tier", "nowhere"), "nowhere")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "optimizer.py").write_text("mine\n")
     refused(call("attach", tmp_path / "full", "--tier", TINY), "optimizer.py already")
     assert (tmp_path / "full" / "optimizer.py").read_text() == "mine\n"
-    (folder / ".nanogpt-env.json").write_text("{")
+    mark = Checkout(folder).mark
+    known = json.loads(mark.read_text())
+    mark.write_text("{")
     refused(call("attach", folder), "damaged")
-    (folder / ".nanogpt-env.json").write_text(json.dumps({"tier": str(TINY), "episode": str(tmp_path / "gone")}))
+    mark.write_text(json.dumps(known | {"episode": str(tmp_path / "gone")}))
     refused(call("attach", folder), "cannot be gone on with")
 
 

@@ -82,7 +82,9 @@ def candidate(tmp_path):
 def test_the_commands_are_those_tested():
     names = [c.name or c.callback.__name__ for c in app.registered_commands]
     groups = {"tiers": tiers_app, "records": records_app, "data": data_app, "judge": judge_app}
-    names += [f"{name} {c.name or c.callback.__name__}" for name, group in groups.items() for c in group.registered_commands]
+    names += [
+        f"{name} {c.name or c.callback.__name__}" for name, group in groups.items() for c in group.registered_commands
+    ]
     assert sorted(names) == sorted(COMMANDS)
 
 

@@ -226,13 +226,14 @@ def test_an_interrupt_cancels_and_charges_the_run_waited_for(make):
     assert do(env, ReadFile())[4]["running"] == []
 
 
-def test_an_interrupted_submission_is_undecided(make):
+def test_an_interrupted_submission_is_undecided_and_charged(make):
+    """Free, it would be a look at the first reruns, as often as one likes."""
     env = make(backend := FakeBackend(hold={1, 2}))
     env.on_progress = interrupt
     with pytest.raises(KeyboardInterrupt):
         env.step(CLAIM)
     assert all(run.cancelled for run in backend.runs)
-    assert spent(env, "submissions") == 0
+    assert spent(env, "submissions") == 1
     env.on_progress = lambda what, handle: None
     verdict = do(env, CLAIM)[4]["verdict"]
     assert verdict["accepted"] and not verdict["cached"]

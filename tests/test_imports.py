@@ -20,8 +20,9 @@ HEAVY = {"torch", "scipy", "docker", "openai", "anthropic", "rich", "typer", "ma
 # them first, re-exports what users need.
 LAYERS = [
     "errors", "types", "human", "public_rules", "actions", "content", "locking", "slots", "gpus", "hardware", "stats",
-    "timing", "trials", "scoring", "budget", "ledger", "replay", "tables", "tracks", "tiers", "planning", "datasets",
-    "claims", "workspace", "judging", "judging.static", "judging.material", "judging.providers", "judging.llm",
+    "timing", "trials", "scoring", "budget", "ledger", "replay", "tables", "workspace",
+    "tracks", "tiers", "planning", "datasets",
+    "claims", "judging", "judging.static", "judging.material", "judging.providers", "judging.llm",
     "judging.panel", "judging.cases", "judging.conformance", "backends",
     "backends.trainers", "backends.local", "backends.threaded", "backends.queued", "backends.shared", "verify",
     "literals", "episode", "resume", "report", "spaces", "env", "agents.ladder",

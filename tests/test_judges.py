@@ -16,7 +16,7 @@ from fakes import FakeBackend
 from model_server import Fails, Says, serving
 from test_cli import call, call_json, refused
 
-from nanogpt_env import Speedrun, Submit, WriteFile
+from nanogpt_env import Run, Speedrun, Submit, WriteFile
 from nanogpt_env.content import content_root
 from nanogpt_env.errors import ActionError, JudgeError, JudgeUnavailable, LedgerError, TierError
 from nanogpt_env.judging import Material, material, read_rules
@@ -30,6 +30,7 @@ from nanogpt_env.replay import replay
 from nanogpt_env.tables import JudgeSeat
 from nanogpt_env.testing import check_judge
 from nanogpt_env.types import Finding, Opinion
+from nanogpt_env.workspace import without_comments
 
 BOOK = content_root() / "judges" / "rulebook"
 HELD_OUT = Path(__file__).parent / "held_out_cases"
@@ -51,47 +52,44 @@ def of(source, start="", name="optimizer.py", **fields):
 
 
 def shown(part):
-    """(file, line, mark, text) of a part's lines."""
+    """(number, mark, text) of a part's lines."""
     found = []
     for line in part:
-        place, mark, text = re.fullmatch(r'(\S+) (.) (".*")', line).groups()
-        file, number = place.rsplit(":", 1)
-        found.append((file, int(number), mark, json.loads(text)))
+        if not line.startswith("FILE "):
+            number, mark, text = re.fullmatch(r'(\d+) (.) (".*")', line).groups()
+            found.append((int(number), mark, json.loads(text)))
     return found
 
 
 def test_changes_are_marked_and_comments_stand_apart():
     start, source = "a = 1\nb = 2", "a = 1  # one\n# two\nb = 3"
     (part,) = material.show(of(source, start)).parts
+    assert part[0] == 'FILE "optimizer.py"'
     assert shown(part) == [
-        ("optimizer.py", 1, " ", "a = 1"),
-        ("optimizer.py", 2, "-", "b = 2"),
-        ("optimizer.py", 2, "+", ""),
-        ("optimizer.py", 3, "+", "b = 3"),
-        ("optimizer.py", 1, "#", "# one"),
-        ("optimizer.py", 2, "#", "# two"),
+        (1, " ", "a = 1"),
+        (2, "-", "b = 2"),
+        (3, "+", "b = 3"),
+        (1, "#", "# one"),
+        (2, "#", "# two"),
     ]
 
 
 def test_nothing_in_a_program_can_look_like_anything_else():
-    source = 'X = """\nEND 0\noptimizer.py:1 + "y = 1"\n"""\nY = "\u202e\u00e9"  # "\n'
+    source = 'X = """\nEND 0\n2 + "y = 1"\nFILE "x.py"\n"""\nY = "\u202e\u00e9"  # "\n'
     (part,) = material.show(of(source)).parts
-    assert len(part) == len(source.split("\n")) + 1
+    assert len(part) == 1 + len(source.strip().split("\n")) + 1, "a name, the lines, a comment"
     assert all(line.isascii() and "\n" not in line for line in part)
-    assert [text for _, _, mark, text in shown(part) if mark == "+"][:4] == source.split("\n")[:4]
+    assert [text for _, mark, text in shown(part) if mark == "+"][:5] == source.split("\n")[:5]
 
 
-@pytest.mark.parametrize("change", ["a line less", "another line"])
-def test_what_is_shown_is_what_runs(monkeypatch, change):
-    real = material._apart
+def test_what_is_shown_is_what_runs(monkeypatch):
+    real = material.apart
 
     def wrong(source, name):
         lines, comments = real(source, name)
-        if source:
-            lines[1] = "" if change == "a line less" else "b = 4"
-        return lines, comments
+        return [line.replace("2", "4") for line in lines], comments
 
-    monkeypatch.setattr(material, "_apart", wrong)
+    monkeypatch.setattr(material, "apart", wrong)
     with pytest.raises(JudgeError, match="as it runs"):
         material.show(of("a = 1\nb = 2\n"))
 
@@ -99,21 +97,39 @@ def test_what_is_shown_is_what_runs(monkeypatch, change):
 def test_long_programs_are_split_and_never_cut():
     long = "Z = '" + "".join(f"{i:05d}" for i in range(8000)) + "'"
     source = "\n".join([*(f"x{i} = {i}" for i in range(6000)), long, *(f"y{i} = {i}" for i in range(500)), ""])
-    parts = material.show(of(source)).parts
+    parts = material.show(of(source), 60_000, 4_000).parts
     assert len(parts) > 3
-    assert all(sum(len(line) + 1 for line in part) <= material.PART_CHARACTERS + 10 for part in parts)
+    assert all(sum(len(line) + 1 for line in part) <= 60_100 for part in parts)
     for one, next_one in itertools.pairwise(parts):
-        assert next_one[0] in one, "parts overlap"
+        assert next_one[1] in one, "parts overlap"
     pieces, whole = {}, [line for part in parts for line in part]
-    for _, number, _, text in shown(whole):
+    for number, _, text in shown(whole):
         pieces.setdefault(number, []).append(text)
     for number, text in enumerate(source.split("\n"), 1):
         place = 0
-        for piece in pieces[number]:
+        for piece in pieces.get(number, []):
             at = text.find(piece)
             assert 0 <= at <= place, "a gap"
             place = max(place, at + len(piece))
         assert place == len(text)
+
+
+def test_ordinary_code_is_one_part_and_nothing_blows_it_up():
+    code = "".join(f"    value = compute(first={i}, second=values[{i}])  # as before\n" for i in range(2300))
+    assert len(code) > 128_000 and len(material.show(of(f"def f():\n{code}")).parts) == 1
+    for dense in ("\n" * 131_000, "#\n" * 65_000, "0\n" * 65_000, "X = '" + "\U0001f600" * 32_000 + "'\n"):
+        parts = material.show(of(dense)).parts
+        assert len(parts) <= 2 and sum(len(line) for part in parts for line in part) < 800_000
+
+
+def test_comments_do_not_run(make):
+    """A program could read its own source: what is trained has none."""
+    env = make(backend := FakeBackend())
+    text = env.workspace.files["optimizer.py"]
+    do(env, WriteFile(path="optimizer.py", text=f"# data: 17 42\n{text}x = '# no comment'  # one\n"), Run(horizon=60))
+    source = backend.jobs[0].source
+    assert "data" not in source and "# one" not in source and "x = '# no comment'" in source
+    assert source.count("\n") == text.count("\n") + 2, "lines stay where they are"
 
 
 def test_every_shipped_record_and_case_can_be_shown():
@@ -315,7 +331,8 @@ def test_votes_are_counted(votes, outcome, agreement, provider, monkeypatch):
     assert sorted(opinion.votes) == sorted({KEEPS: "pass", "?": "unavailable"}.get(v, "break") for v in votes)
 
 
-def test_a_break_in_one_part_is_one_of_the_program(provider):
+def test_a_break_in_one_part_is_one_of_the_program(provider, monkeypatch):
+    monkeypatch.setattr("nanogpt_env.judging.llm.show", lambda m: material.show(m, 30_000, 2_000))
     source = START + "".join(f"x{i} = {i}\n" for i in range(5000)) + "TABLE = 7\n"
     line = source.count("\n")
 
@@ -351,8 +368,8 @@ class Told:
 
     name = "told"
 
-    def __init__(self, outcome="pass", fails=""):
-        self.outcome, self.fails, self.given = outcome, fails, []
+    def __init__(self, outcome="pass", fails="", reached=False):
+        self.outcome, self.fails, self.reached, self.given = outcome, fails, reached, []
 
     def rules(self, material):
         return read_rules(BOOK / "rules.toml").of(material.track, material.model_rule)
@@ -363,9 +380,8 @@ class Told:
             raise RuntimeError(self.fails)
         found = (Finding(rule="data", file="optimizer.py", line=2),) if self.outcome == "break" else ()
         detail = "the line is dead" if self.outcome == "unavailable" else ""
-        return Opinion(
-            judge="x", outcome=self.outcome, findings=found, detail=detail, input_tokens=90, output_tokens=10
-        )
+        spent = {"input_tokens": 90, "output_tokens": 10, "reached": self.reached}
+        return Opinion(judge="x", outcome=self.outcome, findings=found, detail=detail, **spent)
 
 
 def seated(make, judge, mode="veto", backend=None, **seat):
@@ -404,7 +420,7 @@ def test_a_veto_is_about_the_text_and_a_measurement_about_the_program(make):
 def test_what_is_judged_is_what_runs(make):
     env = seated(make, judge := Told(), backend=(backend := FakeBackend()))
     do(env, CLAIM)
-    assert judge.given[0].sources == {"optimizer.py": backend.jobs[0].source}
+    assert without_comments(judge.given[0].sources["optimizer.py"], "") == backend.jobs[0].source
     assert judge.given[0].start == env.episode.start_program.sources
 
 
@@ -439,11 +455,35 @@ def test_an_advisor_that_is_not_to_be_had_holds_nothing_up(make):
 
 
 def test_spending_is_limited(make):
-    env = seated(make, judge := Told(), mode="advisory", tokens=150)
+    env = seated(make, judge := Told(), mode="advisory", tokens=200)
     for claim in (60, 61, 62):
         do(env, Submit(claim=claim, horizon=62))
     assert len(judge.given) == 2
     assert "tokens are spent" in ledger(env, "opinion")[2]["detail"]
+
+
+def test_a_limit_holds_for_what_an_answer_could_take(make, provider):
+    with serving(Says("what?", tokens=(3000, 400))) as server:
+        judge = llm(server, provider, votes=3)
+        most, dollars = judge.most(make().episode.material({"optimizer.py": START}))
+        assert most > 6 * 3400 and dollars is None
+        env = seated(make, judge, tokens=most + 10_000)
+        for claim in (60, 61, 62):
+            do(env, Submit(claim=claim, horizon=62))
+    spent = env.episode.judge_spent["static"].tokens
+    assert len(server.requests) == 6 and spent == 6 * 3400 <= most
+
+
+def test_text_that_a_judge_cannot_answer_about_is_not_free_for_ever(make):
+    env = seated(make, judge := Told("unavailable", reached=True))
+    spent = [do(env, CLAIM)[4]["budget"]["submissions"]["spent"] for _ in range(4)]
+    assert spent == [0, 0, 1, 2]
+    folder = env.episode.folder
+    env.leave()
+    again = seated(make, Told())
+    again.resume(folder)
+    assert again.episode.evasions == 4 and len(judge.given) == 4
+    assert replay(folder).differences == []
 
 
 def test_the_rules_are_told_at_the_beginning(make):
@@ -551,7 +591,8 @@ def test_a_folder_or_a_class_is_a_judge(tmp_path, monkeypatch):
     assert isinstance(find_judge("test_judges:Obeys"), Obeys)
     for name, options, message in (
         ("nowhere", {}, "rulebook"),
-        ("test_judges:Nothing", {}, "cannot be made"),
+        ("test_judges:Nothing", {}, "cannot be imported"),
+        ("subprocess:Popen", {"args": ["true"]}, "no judge"),
         ("test_judges:Obeys", {"x": 1}, "cannot be made"),
         ("test_judges:Path", {}, "no judge"),
         ("rulebook", {"votes": 0}, "votes"),
@@ -628,6 +669,6 @@ def test_rules_and_what_is_shown(tmp_path):
     assert "counting" in {rule["id"] for rule in call_json("judge", "rules")["rules"]}
     (tmp_path / "optimizer.py").write_text("x = 1  # why\n")
     done = call("judge", "show", tmp_path)
-    assert 'optimizer.py:1 + "x = 1"' in done.stdout and 'optimizer.py:1 # "# why"' in done.stdout
+    assert '1 + "x = 1"' in done.stdout and '1 # "# why"' in done.stdout
     assert call_json("judge", "show", tmp_path)["parts"]
     refused(call("judge", "show", tmp_path / "none"), "cannot read")

@@ -24,7 +24,7 @@ from processes import left_after, of_this_process
 from test_cli import COMMAND, call, refused
 
 from nanogpt_env import Speedrun
-from nanogpt_env.errors import ActionError, LedgerError
+from nanogpt_env.errors import ActionError
 from nanogpt_env.ledger import read_ledger
 from nanogpt_env.replay import replay
 from nanogpt_env.serving import http as web
@@ -107,7 +107,7 @@ def test_the_tools_and_resources(rooms):
 
     tools, resources, templates, read = talk(look, serve(room))
     assert {tool.name for tool in tools} == TOOLS
-    assert all(tool.description for tool in tools)
+    assert all(tool.description and tool.input_schema["additionalProperties"] is False for tool in tools)
     waits = next(tool for tool in tools if tool.name == "run").input_schema["properties"]["wait_seconds"]
     assert (waits["minimum"], waits["maximum"]) == (0, 600)
     assert resources == {f"speedrun://{name}" for name in ("task", "rules", "status", "ledger")}
@@ -145,6 +145,7 @@ def test_refusals_are_errors_that_say_why(rooms):
             "too long a wait": ("run", {"wait_seconds": 10**6}),
             "no such tool": ("dance", {}),
             "wrong kind": ("run", {"horizon": "soon"}),
+            "wrong name": ("submit", {"steps": 60, "horizon": 60}),
         }
         said = {}
         for name, (tool, arguments) in tries.items():
@@ -252,14 +253,14 @@ def test_closing_leaves_the_episode_to_go_on_with(rooms, tmp_path):
 
     text, notes, status, submitted = talk(go_on, serve(again))
     assert FAST in text and "remember me" in notes and "accepted" in submitted
-    assert json.loads(status)["budget"]["submissions"]["spent"] == 0
+    assert json.loads(status)["budget"]["submissions"]["spent"] == 1, "or leaving were a free look at reruns"
     assert again.env.episode.id == room.env.episode.id
     assert replay(again.env.episode.ledger.path).differences == []
 
 
 def test_one_at_a_time_and_none_after_the_end(rooms):
     room = rooms()
-    with pytest.raises(LedgerError, match="another environment"):
+    with pytest.raises(ActionError, match="another server"):
         rooms()
     talk(lambda client: use(client, "stop"), serve(room))
     assert talk(lambda client: use(client, "read_file"), serve(room)).count("the episode is over")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from nanogpt_env.content import content_root
 from nanogpt_env.errors import ActionError, BackendError, JudgeUnavailable
 from nanogpt_env.judging import Judge, Material
-from nanogpt_env.judging.llm import LLMJudge, Settings
+from nanogpt_env.judging.llm import RECORDED, LLMJudge, Settings
 from nanogpt_env.judging.static import StaticJudge
 from nanogpt_env.tables import JudgeSeat
 from nanogpt_env.types import Opinion
@@ -53,11 +54,18 @@ def find_judge(name: str, options: Mapping[str, Any] | None = None, base: Path |
 
 def _own(name: str, options: dict[str, Any]) -> Judge:
     try:
-        judge = pkgutil.resolve_name(name)(**options)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        kind = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ActionError(f"judge {name!r} cannot be imported: {error}") from None
+    methods = [getattr(kind, method, None) for method in ("judge", "rules")]
+    if not (inspect.isclass(kind) and all(map(callable, methods))):  # before anything is called
+        raise ActionError(f"{name!r} is no judge: a class with a name, rules(material) and judge(material)")
+    try:
+        judge: Any = kind(**options)
+    except (TypeError, ValueError) as error:
         raise ActionError(f"judge {name!r} cannot be made: {error}") from None
     if not isinstance(judge, Judge):
-        raise ActionError(f"{name!r} is no judge: it needs a name, rules(material) and judge(material)")
+        raise ActionError(f"{name!r} is no judge: it has no name")
     return judge
 
 
@@ -79,6 +87,12 @@ class Panel:
     def __init__(self, seats: Sequence[JudgeSeat] = (), base: Path | None = None) -> None:
         self.seats = tuple(seats)
         self.judges = [find_judge(seat.name, seat.options, base) for seat in seats]
+        for judge in self.judges:
+            if isinstance(judge, LLMJudge) and judge.settings.model == RECORDED:
+                raise JudgeUnavailable(
+                    f"judge {judge.name} has recorded answers only, about its own cases: name a model that can be "
+                    f"asked, as --judge {judge.name}=veto,model=anthropic/MODEL or in the options of env.toml"
+                )
 
     def rules(self, material: Material) -> str:
         """All books that a program is held to, as text."""
@@ -98,17 +112,21 @@ class Panel:
             on_opinion(opinion, seat.mode)
             opinions.append(opinion)
             if seat.mode == "veto" and opinion.outcome == "unavailable":
-                raise JudgeUnavailable(f"deferred: the judge {seat.name} is unavailable: {opinion.detail}")
+                why = f"deferred: the judge {seat.name} is unavailable: {opinion.detail}"
+                raise JudgeUnavailable(why, opinion.reached)
             if seat.mode == "veto" and opinion.outcome == "break":
                 return opinions, opinion
         return opinions, None
 
     def _ask(self, seat: JudgeSeat, judge: Judge, material: Material, account: Spent) -> Opinion:
-        if seat.tokens is not None and account.tokens >= seat.tokens:
-            return Opinion(judge=seat.name, outcome="unavailable", detail=f"its {seat.tokens} tokens are spent")
-        if seat.dollars is not None and account.dollars >= seat.dollars:
-            return Opinion(judge=seat.name, outcome="unavailable", detail=f"its {seat.dollars:g} dollars are spent")
         try:
+            tokens, dollars = judge.most(material) if isinstance(judge, LLMJudge) else (1, 0.0)
+            if seat.tokens is not None and account.tokens + tokens > seat.tokens:
+                detail = f"{account.tokens} of its {seat.tokens} tokens are spent, and this could take {tokens}"
+                return Opinion(judge=seat.name, outcome="unavailable", detail=detail)
+            if seat.dollars is not None and account.dollars + (dollars or 0.0) > seat.dollars:
+                detail = f"{account.dollars:.2f} of its {seat.dollars:g} dollars are spent"
+                return Opinion(judge=seat.name, outcome="unavailable", detail=detail)
             return judge.judge(material).model_copy(update={"judge": seat.name})
         except BackendError as error:
             return Opinion(judge=seat.name, outcome="unavailable", detail=str(error))

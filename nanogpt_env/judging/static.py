@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import io
+import tokenize
 import tomllib
 import zlib
 from collections.abc import Iterator
@@ -85,9 +88,18 @@ def find_breaks(source: str, name: str, rules: Rules | None = None) -> list[tupl
     if level:
         line = next((n.lineno for n in level if isinstance(n, (ast.expr, ast.stmt))), 1)
         return [(line, f"nested more than {rules.max_depth} deep")]
-    found = [(getattr(n, "lineno", 1), reason) for n in nodes for reason in _judge_node(n, rules, name)]
+    found = list(_odd_names(source))
+    found += [(getattr(n, "lineno", 1), reason) for n in nodes for reason in _judge_node(n, rules, name)]
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
     return found + [(1, f"{name} must define {need}") for need in rules.files[name].needs if need not in defined]
+
+
+def _odd_names(source: str) -> Iterator[tuple[int, str]]:
+    """Those that are not ASCII. The parser normalizes names, so that the tree may have ASCII ones instead."""
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.NAME and not token.string.isascii():
+                yield token.start[0], f"identifiers must be ASCII: {token.string!a}"
 
 
 def _judge_node(node: ast.AST, rules: Rules, file: str) -> Iterator[str]:
@@ -110,10 +122,6 @@ def _judge_node(node: ast.AST, rules: Rules, file: str) -> Iterator[str]:
         yield f"a row of {len(node.elts)} elements; at most {rules.max_row}"
     elif isinstance(node, ast.Dict) and len(node.keys) > rules.max_row:
         yield f"a dict of {len(node.keys)} entries; at most {rules.max_row}"
-    for field in ("id", "name", "arg", "attr", "asname", "rest"):
-        name = getattr(node, field, None)
-        if isinstance(name, str) and not name.isascii():
-            yield f"identifiers must be ASCII: {name!a}"
 
 
 def _judge_import(name: str, rules: Rules, file: str) -> Iterator[str]:

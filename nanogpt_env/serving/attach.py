@@ -1,10 +1,13 @@
 """A folder that is kept in step with an episode, for agents that edit files with tools of their own.
 
-Only the tier's files are taken from it, by the same rules as an action's; nothing in it is run but by the trainer.
+Only the tier's files are taken from it, by the same rules as an action's. Which episode it belongs to is not believed
+from the folder, where an agent could write it, but kept in the state folder of whoever runs the command.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import stat
@@ -12,32 +15,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nanogpt_env.content import state_dir
 from nanogpt_env.env import Speedrun, StepResult
 from nanogpt_env.errors import ActionError
 from nanogpt_env.ledger import write_whole
 
-MARK = ".nanogpt-env.json"
-"""names the tier and the episode's folder"""
-
 
 class Checkout:
-    """The folder `path`. Raises `ActionError` for one that cannot be attached."""
+    """The folder `path`."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.mark = path, path / MARK
+        self.path = path
+        name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+        self.mark = state_dir() / "attached" / f"{name}.json"
 
-    def known(self) -> dict[str, str]:
-        """{"tier", "episode"} of an attached folder, or {}."""
+    def known(self) -> dict[str, Any]:
+        """{"tier", "episode", "judges"} of a folder that is attached, or {}. Raises `ActionError`."""
         try:
-            found = json.loads(_read(self.mark, 1 << 16))
-            return {"tier": str(found["tier"]), "episode": str(found["episode"])}
+            found = json.loads(self.mark.read_text(encoding="utf-8"))
+            return {"tier": str(found["tier"]), "episode": str(found["episode"]), "judges": found["judges"]}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ActionError(f"{self.mark} is damaged: {error!r}") from None
 
     def begin(self, env: Speedrun, tier: str) -> None:
-        """A new episode, whose files are written into the folder."""
+        """A new episode, whose files are written into the folder. Raises `ActionError` if they are there."""
         files = {*env.tier.files, "task.md", "rules.md"}
         if there := sorted(name for name in files if (self.path / name).exists()):
             raise ActionError(f"{self.path} has {', '.join(there)} already; attach another folder")
@@ -46,7 +49,9 @@ class Checkout:
         for name, text in {**env.workspace.files, "task.md": env.tier.task, "rules.md": env.rules()}.items():
             if text:
                 write_whole(self.path / name, text)
-        write_whole(self.mark, json.dumps({"tier": tier, "episode": str(env.episode.folder.resolve())}))
+        self.mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        known = {"folder": str(self.path.resolve()), "tier": tier, "episode": str(env.episode.folder.resolve())}
+        write_whole(self.mark, json.dumps(known | {"judges": [seat.model_dump() for seat in env.panel.seats]}))
 
     def go_on(self, env: Speedrun, episode: Path) -> None:
         """With the episode. The time since the last command counts."""
@@ -60,10 +65,12 @@ class Checkout:
         """Take what changed in the folder into the workspace: the files that did."""
         changed = []
         for name in env.tier.files:
-            limit = env.tier.table.limits.source_bytes
             try:
-                text = _read(self.path / name, limit)
-            except (OSError, ValueError) as error:
+                text = _read(self.path / name, env.tier.table.limits.source_bytes)
+            except OSError as error:
+                why = "is a link; only plain files are taken" if error.errno == errno.ELOOP else error.strerror
+                raise ActionError(f"{self.path / name}: {why}") from None
+            except ValueError as error:
                 raise ActionError(f"{self.path / name}: {error}") from None
             if text != env.workspace.files[name]:
                 step({"type": "write_file", "path": name, "text": text})

@@ -46,13 +46,13 @@ class Guard:
             headers = {"WWW-Authenticate": "Bearer"}
             await JSONResponse({"error": "this episode needs its token"}, 401, headers)(scope, receive, send)
             return
-        whole = False
+        whole, latest = False, anyio.current_time() + BODY_S
 
         async def in_time() -> Message:
             nonlocal whole
             if whole:  # what comes then is the end of the connection
                 return await receive()
-            with anyio.move_on_after(BODY_S):
+            with anyio.move_on_after(latest - anyio.current_time()):
                 message = await receive()
                 whole = not message.get("more_body", False)
                 return message

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import anyio
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.mcpserver.tools import Tool
 from pydantic import Field
 
 from nanogpt_env import human
@@ -38,9 +39,13 @@ def serve(room: Room) -> MCPServer[Any]:
     """A server for one episode: whoever is connected to it plays that."""
     version = importlib.metadata.version("nanogpt_env")
     server: MCPServer[Any] = MCPServer(
-        "nanogpt-env", title="NanoGPT speedrun", instructions=INSTRUCTIONS, version=version, log_level="WARNING"
+        "nanogpt-env",
+        title="NanoGPT speedrun",
+        instructions=INSTRUCTIONS,
+        version=version,
+        tools=_Tools(room).all(),
+        log_level="WARNING",
     )
-    _Tools(room).add(server)
     _resources(room, server)
     return server
 
@@ -59,11 +64,18 @@ class _Tools:
     def __init__(self, room: Room) -> None:
         self.room = room
 
-    def add(self, server: MCPServer[Any]) -> None:
-        looking = (self.read_file, self.status, self.result, self.records, self.task)
-        for tool in (*looking, self.write_file, self.edit_file, self.apply_patch, self.revert, self.notes, self.run,
-                     self.cancel, self.submit, self.stop):  # fmt: skip
-            server.add_tool(tool, structured_output=False)
+    def all(self) -> list[Tool]:
+        looking = (self.task, self.read_file, self.status, self.result, self.records)
+        editing = (self.write_file, self.edit_file, self.apply_patch, self.revert, self.notes)
+        tools = []
+        for method in (*looking, *editing, self.run, self.cancel, self.submit, self.stop):
+            tool = Tool.from_function(method, structured_output=False)
+            model = tool.fn_metadata.arg_model
+            model.model_config["extra"] = "forbid"  # or a wrong name would cost a run of something else
+            model.model_rebuild(force=True)
+            tool.parameters = model.model_json_schema(by_alias=True)
+            tools.append(tool)
+        return tools
 
     async def _do(self, **action: Any) -> Reply:
         reply: Reply = await _in_thread(lambda: self.room.do(action))
@@ -162,7 +174,8 @@ class _Tools:
         if await self._wait(ctx, lambda: room.submitting, lambda: room.progress(""), "verification", seconds):
             return f"being verified ({room.waiting[0] or 'it begins'}); result({SUBMISSION!r}) waits for it"
         reply: Reply | None = await _in_thread(room.submission)
-        assert reply is not None
+        if reply is None:  # another one was begun meanwhile
+            return f"being verified; result({SUBMISSION!r}) waits for it"
         if reply.refused:
             raise ToolError(reply.text)
         return reply.text
@@ -188,7 +201,9 @@ class _Tools:
     async def _tell(self, ctx: Ctx, progress: Progress | None, name: str, elapsed: float) -> None:
         what = self.room.waiting[0] if name == "verification" else name
         if progress:
-            loss = f", train loss {progress.train_loss:.3f}" if progress.train_loss else ""
+            # how a rerun does is told by the verdict only
+            known = progress.train_loss and name != "verification"
+            loss = f", train loss {progress.train_loss:.3f}" if known else ""
             what = f"{what}: {progress.done} of {progress.total}{loss}"
         # the measure must grow from message to message, which one over several reruns would not
         await ctx.report_progress(elapsed, None, what)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from nanogpt_env.backends import RunHandle
 from nanogpt_env.env import CHECKPOINT, Info, Speedrun
@@ -44,8 +47,8 @@ class Reply:
 class Room:
     """`close` leaves the episode so that another process can go on with it."""
 
-    def __init__(self, env: Speedrun) -> None:
-        self.env = env
+    def __init__(self, env: Speedrun, lock: FileLock) -> None:
+        self.env, self._lock_file = env, lock
         self.greeting = ""
         self.over = ""
         self.waiting: tuple[str, RunHandle | None] = ("", None)
@@ -60,13 +63,19 @@ class Room:
     def open(cls, make: Callable[[Path], Speedrun], folder: Path) -> Room:
         """make: an environment whose episodes lie in the folder that it is given. Raises `ActionError` if the episode
         there has ended, and as `Speedrun.resume`."""
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = FileLock(folder / "lock", timeout=0)  # of two that come at once only one may begin
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ActionError(f"another server has the episode in {folder}") from None
         unended = unfinished(folder)
-        room = cls(make(folder))
+        room = cls(make(folder), lock)
         try:
             observation, _ = room._call(lambda: room.env.resume(unended) if unended else room.env.reset())
         except BaseException:
             room.env.close()
+            lock.release()
             raise
         room.greeting = observation["text"]
         return room
@@ -165,14 +174,20 @@ class Room:
         finally:
             self._worker.shutdown()
             self.env.close()
+            self._lock_file.release()
 
 
 def unfinished(folder: Path) -> Path | None:
-    """The episode in a folder, if there is one. Raises `ActionError` if it has ended: whoever could begin another at
-    will would have any budget, and any number of submissions."""
-    for checkpoint in folder.glob(f"*/{CHECKPOINT}"):
+    """The episode in a folder, if there is one; the time since it was left counts. Raises `ActionError` if it has
+    ended, or there are several: whoever could begin others would have any budget and any number of submissions."""
+    found = list(folder.glob(f"*/{CHECKPOINT}"))
+    if len(found) > 1:
+        raise ActionError(f"{folder} has {len(found)} episodes; a server's has one")
+    for checkpoint in found:
         lines, _ = read_ledger(checkpoint.with_name("ledger.jsonl"))
         if lines and lines[-1]["kind"] == "end":
-            raise ActionError(f"the episode in {folder} has ended ({lines[-1]['reason']}); choose another place")
+            ended = f"the episode in {folder} has ended ({lines[-1]['reason']})"
+            raise ActionError(f"{ended}; choose another --output, or name (--episodes)")
+        os.utime(checkpoint.with_name("ledger.jsonl"))
         return checkpoint.parent
     return None
