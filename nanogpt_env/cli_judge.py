@@ -47,6 +47,8 @@ def evaluate_judge(
     known = read_cases(folder)
     with display.steps(name, len(known)) as step:
         found = evaluate(judge, known, step)
+    if isinstance(judge, LLMJudge):
+        judge.close()
     if as_json:
         print_json(found)
     else:

@@ -221,6 +221,7 @@ class Speedrun(gymnasium.Env[Observation, Any]):
                 self._episode.end("closed")
         finally:
             if self._owns_backend:
+                self.panel.close()
                 self._backend.close()
 
     # --- checkpoints and forks ---

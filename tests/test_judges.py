@@ -209,18 +209,24 @@ def test_a_case_that_is_none(name, text, message, tmp_path):
 # --- language models ---
 
 
+MADE = []
+
+
 @pytest.fixture(params=PROVIDERS)
 def provider(request, monkeypatch, tmp_path):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setenv("NANOGPT_ENV_CACHE", str(tmp_path / "cache"))
-    return request.param
+    yield request.param
+    while MADE:
+        MADE.pop().close()
 
 
 def llm(server, provider, **options):
     base = server.url + ("/v1" if provider == "openai" else "")
     options = {"votes": 1, **options}
-    return LLMJudge("book", BOOK, Settings(kind="llm", model=f"{provider}/m", base_url=base, **options))
+    MADE.append(LLMJudge("book", BOOK, Settings(kind="llm", model=f"{provider}/m", base_url=base, **options)))
+    return MADE[-1]
 
 
 def prompt(request):
@@ -587,6 +593,7 @@ def test_a_folder_or_a_class_is_a_judge(tmp_path, monkeypatch):
     (tmp_path / "mine" / "rules.toml").write_text((BOOK / "rules.toml").read_text())
     (tmp_path / "mine" / "judge.toml").write_text('kind = "llm"\nmodel = "anthropic/m"\nvotes = 5\n')
     judge = find_judge("mine", {"votes": 7}, tmp_path)
+    judge.close()
     assert (judge.name, judge.settings.votes) == ("mine", 7)
     assert isinstance(find_judge("test_judges:Obeys"), Obeys)
     for name, options, message in (

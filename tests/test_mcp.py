@@ -241,7 +241,7 @@ def test_closing_leaves_the_episode_to_go_on_with(rooms, tmp_path):
     async def submit(client):
         await use(client, "write_file", path="optimizer.py", text=FAST)
         await use(client, "notes", text="remember me")
-        return await use(client, "submit", claim=60, horizon=60, wait_seconds=0)
+        return await use(client, "submit", claim=60, horizon=60, wait_seconds=0.5)
 
     talk(submit, serve(room))
     room.close()

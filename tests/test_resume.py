@@ -159,7 +159,7 @@ def test_an_episode_that_has_ended_stays_so(make, resumed):
 
 def test_another_tier_is_refused(make, resumed):
     folder = dies(make())
-    with pytest.raises(LedgerError, match="now its settings or calibration are others"):
+    with pytest.raises(LedgerError, match="is of tier tiny-steps, not of nano-steps"):
         resumed(folder, tier="nano-steps")
 
 

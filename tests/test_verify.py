@@ -237,7 +237,7 @@ def test_a_verdict_tells_the_decision_and_no_seed_or_loss(losses):
     verdict, evidence = verify(TIER, scripted(exact), SUBMISSION, START, START.value)
     assert set(verdict.model_dump()) == {
         "accepted", "audit", "value", "claim", "horizon", "n", "reason", "coarse_loss", "time", "device_seconds",
-        "trusted", "submission", "cached",
+        "trusted", "submission", "cached", "opinions", "vetoed_by",
     }  # fmt: skip
     text = json.dumps(verdict.model_dump())
     for rerun in evidence.reruns:

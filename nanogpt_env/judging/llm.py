@@ -123,6 +123,10 @@ class LLMJudge:
             }
         )
 
+    def close(self) -> None:
+        if self.provider:
+            self.provider.close()
+
     def _all(self, questions: list[_Question]) -> list[Asked]:
         """Some at a time. The threads are daemons: after Ctrl-C nobody waits for an answer that may take minutes."""
         waiting: list[tuple[_Question, Future[Asked]]] = [(question, Future()) for question in questions]

@@ -94,6 +94,11 @@ class Panel:
                     f"asked, as --judge {judge.name}=veto,model=anthropic/MODEL or in the options of env.toml"
                 )
 
+    def close(self) -> None:
+        for judge in self.judges:
+            if isinstance(judge, LLMJudge):
+                judge.close()
+
     def rules(self, material: Material) -> str:
         """All books that a program is held to, as text."""
         books = [judge.rules(material) for judge in self.judges]

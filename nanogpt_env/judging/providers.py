@@ -51,6 +51,8 @@ class Provider(Protocol):
     def ask(self, system: str, text: str) -> Asked:
         """Does not raise for what a model or its server does."""
 
+    def close(self) -> None: ...
+
 
 def find_provider(model: str, timeout_s: float, max_tokens: int, base_url: str | None = None) -> Provider:
     """`anthropic/MODEL` or `openai/MODEL`. Raises `JudgeUnavailable` where the SDK or its key is missing."""
@@ -91,6 +93,9 @@ class AnthropicProvider:
             return Asked(None, *used, "the model refused to answer")
         return _parsed("".join(b.text for b in message.content if b.type == "text"), *used)
 
+    def close(self) -> None:
+        self.client.close()
+
 
 class OpenAIProvider:
     def __init__(self, model: str, timeout_s: float, max_tokens: int, base_url: str | None) -> None:
@@ -118,6 +123,9 @@ class OpenAIProvider:
         if message.refusal or completion.choices[0].finish_reason == "content_filter":
             return Asked(None, *used, "the model refused to answer")
         return _parsed(message.content or "", *used)
+
+    def close(self) -> None:
+        self.client.close()
 
 
 def _parsed(text: str, input_tokens: int, output_tokens: int) -> Asked:
