@@ -66,11 +66,8 @@ class Curve(BaseCallback):
                 self.recent = [*self.recent[1 - UPDATE :], info["verified"]]
                 spent = info["budget"]["device_seconds"]["spent"] + info["verification_device_seconds"]
                 line = {"seed": self.seed, "episode": self.done, "verified": info["verified"]}
-                line |= {
-                    "device_seconds": spent,
-                    "submitted": "verdict" in info,
-                    "folder": Path(info["ledger"]).parent.name,
-                }
+                line |= {"device_seconds": spent, "submitted": "verdict" in info}
+                line["ledger"] = os.path.relpath(info["ledger"], self.path.parent)
                 line["wall_seconds"] = time.monotonic() - self.began
                 file.write(json.dumps(line) + "\n")
         mean = sum(self.recent) / len(self.recent)

@@ -57,7 +57,7 @@ def test_it_learns_what_is_verified(train_rl, tmp_path, monkeypatch):
     assert low < curve[-1] < high and rows[-1]["seeds"] == 2
     # what the curve says is what the ledgers say
     for line in train_rl.read_curve(tmp_path)[-20:]:
-        assert replay(Path(line["ledger"])).recovered == pytest.approx(line["verified"], abs=1e-9)
+        assert replay(tmp_path / line["ledger"]).recovered == pytest.approx(line["verified"], abs=1e-9)
     train_rl.draw(rows, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
@@ -97,4 +97,4 @@ def test_a_rising_curve_by_real_training(tmp_path):
     assert [row["episodes"] for row in rows] == [16, 32, 48]
     assert rows[-1]["recovered"] > rows[0]["recovered"] + 0.1
     lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert all(replay(Path(line["ledger"])).recovered == pytest.approx(line["verified"]) for line in lines[-8:])
+    assert all(replay(tmp_path / line["ledger"]).recovered == pytest.approx(line["verified"]) for line in lines[-8:])
