@@ -2,7 +2,7 @@
 # threats = ["G49", "G51"]
 # gains = "accepted"
 # record = "normuon"
-# claim = 140
+# claim = 138
 # naive = "ten runs"
 # needs = ["lucky seed"]
 # ///

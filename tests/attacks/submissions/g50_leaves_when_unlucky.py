@@ -2,7 +2,7 @@
 # threats = ["G50", "F42", "A5"]
 # gains = "accepted"
 # record = "normuon"
-# claim = 140
+# claim = 138
 # naive = "ten runs"
 # needs = ["target"]
 # ///

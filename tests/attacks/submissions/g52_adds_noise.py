@@ -2,7 +2,7 @@
 # threats = ["G52", "G51"]
 # gains = "accepted"
 # record = "normuon"
-# claim = 140
+# claim = 138
 # naive = "one run"
 # ///
 """Stops its training at a time of its own choice, so that its loss varies more, and submits until it is lucky."""
