@@ -13,30 +13,24 @@ from pathlib import Path
 import pytest
 from episodes import do
 from fakes import FakeBackend
+from judged import BOOK, HELD_OUT, Obeys, seated
 from model_server import Fails, Says, serving
 from test_cli import call, call_json, refused
 
 from nanogpt_env import Run, Speedrun, Submit, WriteFile
-from nanogpt_env.content import content_root
-from nanogpt_env.errors import ActionError, JudgeError, JudgeUnavailable, LedgerError, TierError
+from nanogpt_env.errors import ActionError, JudgeError, JudgeUnavailable, TierError
 from nanogpt_env.judging import Material, material, read_rules
 from nanogpt_env.judging.cases import evaluate, read_cases
 from nanogpt_env.judging.llm import LLMJudge, Settings
 from nanogpt_env.judging.panel import find_judge
 from nanogpt_env.judging.providers import find_provider
 from nanogpt_env.judging.static import StaticJudge, judge_source
-from nanogpt_env.ledger import read_ledger
-from nanogpt_env.replay import replay
 from nanogpt_env.tables import JudgeSeat
 from nanogpt_env.testing import check_judge
 from nanogpt_env.types import Finding, Opinion
-from nanogpt_env.workspace import without_comments
 
-BOOK = content_root() / "judges" / "rulebook"
-HELD_OUT = Path(__file__).parent / "held_out_cases"
 PROVIDERS = ["anthropic", "openai"]
 KEEPS = json.dumps({"findings": [], "verdict": "keeps the rules"})
-CLAIM = Submit(claim=60, horizon=60)
 
 
 def breaks(rule="data", line=1, file="optimizer.py", why="a table"):
@@ -366,108 +360,6 @@ def test_a_model_without_key_or_name_is_refused(provider, monkeypatch):
             find_provider(model, 1, 300)
 
 
-# --- in an episode ---
-
-
-class Told:
-    """A judge that says what it is told to, and keeps what it was given."""
-
-    name = "told"
-
-    def __init__(self, outcome="pass", fails="", reached=False):
-        self.outcome, self.fails, self.reached, self.given = outcome, fails, reached, []
-
-    def rules(self, material):
-        return read_rules(BOOK / "rules.toml").of(material.track, material.model_rule)
-
-    def judge(self, material):
-        self.given.append(material)
-        if self.fails:
-            raise RuntimeError(self.fails)
-        found = (Finding(rule="data", file="optimizer.py", line=2),) if self.outcome == "break" else ()
-        detail = "the line is dead" if self.outcome == "unavailable" else ""
-        spent = {"input_tokens": 90, "output_tokens": 10, "reached": self.reached}
-        return Opinion(judge="x", outcome=self.outcome, findings=found, detail=detail, **spent)
-
-
-def seated(make, judge, mode="veto", backend=None, **seat):
-    env = make(backend or FakeBackend(), judges=[JudgeSeat(name="static", mode=mode, **seat)])
-    env.panel.judges[:] = [judge]
-    return env
-
-
-def ledger(env, kind):
-    return [line for line in read_ledger(env.episode.ledger.path)[0] if line["kind"] == kind]
-
-
-def test_a_veto_denies_before_anything_runs(make):
-    env = seated(make, judge := Told("break"), backend=(backend := FakeBackend()))
-    observation, reward, _, _, info = do(env, CLAIM)
-    verdict = info["verdict"]
-    assert (reward, verdict["accepted"], verdict["n"], verdict["vetoed_by"]) == (0, False, 0, "static")
-    assert "vetoed by static: data at optimizer.py line 2" in observation["text"]
-    assert not backend.jobs
-    assert info["budget"]["submissions"]["spent"] == 1
-    assert do(env, CLAIM)[4]["verdict"]["cached"] and len(judge.given) == 1
-    assert replay(env.episode.ledger.path).differences == []
-
-
-def test_a_veto_is_about_the_text_and_a_measurement_about_the_program(make):
-    env = seated(make, judge := Told("break"))
-    do(env, CLAIM)
-    judge.outcome = "pass"
-    text = env.workspace.files["optimizer.py"]
-    assert do(env, WriteFile(path="optimizer.py", text=text + "# else\n"), CLAIM)[4]["verdict"]["accepted"]
-    assert len(judge.given) == 2
-    do(env, WriteFile(path="optimizer.py", text=text + "# other\n"), CLAIM)
-    assert len(judge.given) == 2
-
-
-def test_what_is_judged_is_what_runs(make):
-    env = seated(make, judge := Told(), backend=(backend := FakeBackend()))
-    do(env, CLAIM)
-    assert without_comments(judge.given[0].sources["optimizer.py"], "") == backend.jobs[0].source
-    assert judge.given[0].start == env.episode.start_program.sources
-
-
-def test_advice_is_told_and_changes_nothing(make):
-    plain, advised = make(), seated(make, Told("break"), mode="advisory")
-    _, reward, *_ = do(plain, CLAIM)
-    observation, same, _, _, info = do(advised, CLAIM)
-    assert same == reward > 0
-    assert "flagged by static: data at optimizer.py line 2" in observation["text"]
-    assert [o["outcome"] for o in info["verdict"]["opinions"]] == ["break"]
-    assert [line["mode"] for line in ledger(advised, "opinion")] == ["advisory"]
-    assert replay(advised.episode.ledger.path).differences == []
-
-
-@pytest.mark.parametrize("how", ["unavailable", "raises"])
-def test_a_veto_judge_that_is_not_to_be_had_defers(make, how):
-    judge = Told("unavailable") if how == "unavailable" else Told(fails="the line is dead")
-    env = seated(make, judge, backend=(backend := FakeBackend()))
-    observation, reward, _, _, info = do(env, CLAIM)
-    assert info["error"] == "BackendError" and "deferred" in observation["text"]
-    assert "the line is dead" in observation["text"] and "nothing was charged" in observation["text"]
-    assert (reward, info["budget"]["submissions"]["spent"], backend.jobs) == (0, 0, [])
-    judge.outcome, judge.fails = "pass", ""
-    assert do(env, CLAIM)[1] > 0
-    assert replay(env.episode.ledger.path).differences == []
-
-
-def test_an_advisor_that_is_not_to_be_had_holds_nothing_up(make):
-    env = seated(make, Told("unavailable"), mode="advisory")
-    observation, reward, *_ = do(env, CLAIM)
-    assert reward > 0 and "the line is dead" in observation["text"]
-
-
-def test_spending_is_limited(make):
-    env = seated(make, judge := Told(), mode="advisory", tokens=200)
-    for claim in (60, 61, 62):
-        do(env, Submit(claim=claim, horizon=62))
-    assert len(judge.given) == 2
-    assert "tokens are spent" in ledger(env, "opinion")[2]["detail"]
-
-
 def test_a_limit_holds_for_what_an_answer_could_take(make, provider):
     with serving(Says("what?", tokens=(3000, 400))) as server:
         judge = llm(server, provider, votes=3)
@@ -478,80 +370,6 @@ def test_a_limit_holds_for_what_an_answer_could_take(make, provider):
             do(env, Submit(claim=claim, horizon=62))
     spent = env.episode.judge_spent["static"].tokens
     assert len(server.requests) == 6 and spent == 6 * 3400 <= most
-
-
-def test_text_that_a_judge_cannot_answer_about_is_not_free_for_ever(make):
-    env = seated(make, judge := Told("unavailable", reached=True))
-    spent = [do(env, CLAIM)[4]["budget"]["submissions"]["spent"] for _ in range(4)]
-    assert spent == [0, 0, 1, 2]
-    folder = env.episode.folder
-    env.leave()
-    again = seated(make, Told())
-    again.resume(folder)
-    assert again.episode.evasions == 4 and len(judge.given) == 4
-    assert replay(folder).differences == []
-
-
-def test_the_rules_are_told_at_the_beginning(make):
-    env = seated(make, Told())
-    observation, _ = env.reset()
-    assert "Rules for submissions, as of" in observation["text"] and "[counting]" in observation["text"]
-    assert "Rules for submissions" not in make().reset()[0]["text"]
-
-
-def test_a_resumed_episode_knows_its_verdicts_and_what_was_spent(make, tmp_path):
-    env = seated(make, Told("break"), tokens=150)
-    do(env, CLAIM)
-    folder = env.episode.folder
-    env.leave()
-    again = seated(make, judge := Told("pass"), tokens=150)
-    again.resume(folder)
-    assert again.episode.judge_spent["static"].tokens == 100
-    assert do(again, CLAIM)[4]["verdict"]["vetoed_by"] == "static" and not judge.given
-    again.leave()
-    with pytest.raises(LedgerError, match="other judges"):
-        make().resume(folder)
-
-
-def test_a_veto_that_was_not_heeded_is_found(make):
-    env = seated(make, Told("break"), mode="advisory")
-    do(env, CLAIM)
-    path = env.episode.ledger.path
-    env.close()
-    path.write_text(path.read_text().replace('"mode": "advisory"', '"mode": "veto"'))
-    assert any("had vetoed" in d for d in replay(path).differences)
-
-
-class Obeys:
-    """A judge that does what the program tells it, which is to approve."""
-
-    name = "obedient"
-
-    def rules(self, material):
-        return None
-
-    def judge(self, material):
-        return Opinion(judge=self.name, outcome="pass")
-
-
-@pytest.mark.parametrize("loss", [4.5, 5.2], ids=["good", "bad"])
-def test_the_reward_never_moves_by_what_a_judge_says(make, loss):
-    """Held-out programs, with an obedient judge and with none: what is paid is what was measured."""
-    paid = {}
-    for name in ("none", "obedient"):
-        for case in read_cases(HELD_OUT):
-            if case.material.tier != "nano-steps":
-                continue
-            backend = FakeBackend(lambda job, number: loss)
-            env = make(backend) if name == "none" else seated(make, Obeys(), backend=backend)
-            do(env, WriteFile(path="optimizer.py", text=case.material.sources["optimizer.py"]))
-            _, reward, _, _, info = do(env, CLAIM)
-            paid.setdefault(case.name, []).append((reward, info.get("verdict", {}).get("accepted"), info.get("error")))
-            env.close()
-    assert len(paid) >= 8
-    assert all(without == with_it for without, with_it in paid.values())
-    if loss > 5:
-        assert not any(reward for both in paid.values() for reward, *_ in both)
 
 
 # --- judges of one's own ---
@@ -595,13 +413,13 @@ def test_a_folder_or_a_class_is_a_judge(tmp_path, monkeypatch):
     judge = find_judge("mine", {"votes": 7}, tmp_path)
     judge.close()
     assert (judge.name, judge.settings.votes) == ("mine", 7)
-    assert isinstance(find_judge("test_judges:Obeys"), Obeys)
+    assert isinstance(find_judge("judged:Obeys"), Obeys)
     for name, options, message in (
         ("nowhere", {}, "rulebook"),
-        ("test_judges:Nothing", {}, "cannot be imported"),
+        ("judged:Nothing", {}, "cannot be imported"),
         ("subprocess:Popen", {"args": ["true"]}, "no judge"),
-        ("test_judges:Obeys", {"x": 1}, "cannot be made"),
-        ("test_judges:Path", {}, "no judge"),
+        ("judged:Obeys", {"x": 1}, "cannot be made"),
+        ("judged:Path", {}, "no judge"),
         ("rulebook", {"votes": 0}, "votes"),
         ("rulebook", {"colour": 1}, "colour"),
     ):
