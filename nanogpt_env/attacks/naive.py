@@ -73,11 +73,11 @@ class NaiveScorer:
         return self._weights
 
     def target(self) -> float:
-        """Nats: what the honest submission reaches with six standard errors to spare."""
+        """Nats: what the honest submission reaches with eight standard errors to spare."""
         if math.isnan(self._target):
             honest = next(case for case in load_cases() if case.track == "submissions" and case.honest)
             losses = [run.loss for run in self._reruns(honest, RERUNS)]
-            self._target = statistics.mean(losses) + 6 * statistics.stdev(losses) / math.sqrt(len(losses))
+            self._target = statistics.mean(losses) + 8 * statistics.stdev(losses) / math.sqrt(len(losses))
         return self._target
 
     def lucky_seed(self, case: Case) -> int:
