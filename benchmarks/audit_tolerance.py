@@ -124,7 +124,7 @@ def trained(kind: dict[str, Any], tokens: data.Tokens) -> dict[str, Tensor]:
         windows = torch.from_numpy(batches.take(16, SHAPE.length).astype(np.int64))
         loss = F.cross_entropy(net(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
         optimizer.step()
     return {name: t.detach().clone() for name, t in net.state_dict().items()}
 

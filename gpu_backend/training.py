@@ -208,7 +208,7 @@ class Training(Setting):
             loss = self.loss(part)
             if len(part) < len(window):
                 loss = loss * (len(part) / len(window))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
             total += loss.detach()
         return total.item(), clock() - began  # `item` waits for the device
 

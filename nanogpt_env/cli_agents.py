@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +22,7 @@ from nanogpt_env.cli_options import (
     TierOption,
     budget_of,
     environment,
+    own_modules,
     seats_of,
 )
 from nanogpt_env.compare import Entry, Summary, summarize
@@ -73,7 +72,7 @@ def play(
     could do all that your user can.
     """
     if not isolate:  # what lies in this folder may be the agent's
-        _own_modules()
+        own_modules()
     make = _maker(agent, _options(options), isolate, network, listen)
     # what comes to a socket from this machine could disturb what is timed on it
     apart = isolate or (listen is not None and load_tier(tier).table.track == "steps")
@@ -195,11 +194,6 @@ def _claim(verdict: dict[str, Any]) -> str:
     return f"time x {verdict['time']['ratio']:.3f}" if verdict["time"] else "undecided time"
 
 
-def _own_modules() -> None:
-    """An agent module:Class may lie in the folder that the command is called in."""
-    sys.path.insert(0, os.getcwd())
-
-
 def compare(
     tier: TierOption = "nano-steps",
     names: Annotated[str, typer.Option("--agents", help="With commas between; names as for `play`.")] = "random,greedy",
@@ -214,7 +208,7 @@ def compare(
 
     Interrupted, it continues where it stopped: episodes that have ended are kept in the output folder.
     """
-    _own_modules()
+    own_modules()
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     with display.watch_counts() as counts:
         entries = compare_agents(tier, chosen, episodes, output, budget_of(budget), sandbox, at_once, counts)

@@ -35,7 +35,8 @@ def evaluate_judge(
 ) -> int:
     """Precision, recall, agreement, cost and time of a judge on labelled cases."""
     options: dict[str, Any] = {key: value for key, value in (("model", model), ("votes", votes)) if value is not None}
-    own_modules(name)
+    if ":" in name:
+        own_modules()
     judge = find_judge(name, options)
     if ":" in name and cases is None:
         raise ActionError(f"{name} is a class and has no cases: name a folder of them, --cases")
@@ -100,16 +101,7 @@ def show(folder: DirArgument, tier: TierOption = "nano-steps", as_json: JsonOpti
         sources = {name: (folder / name).read_text(encoding="utf-8") for name in loaded.files}
     except (OSError, UnicodeDecodeError) as error:
         raise ActionError(f"cannot read the candidate: {error}") from None
-    start = loaded.record(loaded.table.reward.start).sources
-    shown = show_material(
-        Material(
-            tier=loaded.name,
-            track=loaded.table.track,
-            model_rule=loaded.model_rule,
-            start=start,
-            sources=sources,
-        )
-    )
+    shown = show_material(Material.of(loaded, sources))
     if as_json:
         print_json({"parts": shown.parts})
         return 0

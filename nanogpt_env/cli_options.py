@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from nanogpt_env import display
 from nanogpt_env.backends.local import SANDBOXES
@@ -67,17 +68,20 @@ def seats_of(options: list[str] | None) -> list[JudgeSeat] | None:
         name, _, mode = first.partition("=")
         if mode not in ("", "veto", "advisory") or not all("=" in part for part in more):
             raise typer.BadParameter(f"a judge is NAME, NAME=advisory or NAME=veto, then ,KEY=VALUE, not {option!r}")
-        own_modules(name)
+        if ":" in name:
+            own_modules()
         given = dict(part.split("=", 1) for part in more)
-        limits = {key: float(given.pop(key)) for key in ("tokens", "dollars") if key in given}
-        seats.append(JudgeSeat(name=name, mode="veto" if mode == "veto" else "advisory", options=given, **limits))
+        limits: dict[str, Any] = {key: given.pop(key) for key in ("tokens", "dollars") if key in given}
+        try:
+            seats.append(JudgeSeat(name=name, mode="veto" if mode == "veto" else "advisory", options=given, **limits))
+        except ValidationError as error:
+            raise typer.BadParameter(f"{option!r}: {error.errors()[0]['msg']}") from None
     return seats or None
 
 
-def own_modules(name: str) -> None:
+def own_modules() -> None:
     """A class module:Class may lie in the folder that the command is called in."""
-    if ":" in name:
-        sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, os.getcwd())
 
 
 def budget_of(options: list[str] | None) -> dict[str, float]:

@@ -217,13 +217,7 @@ class Episode:
 
     def material(self, sources: Mapping[str, str]) -> Material:
         """What the judges are given: exactly these sources are run."""
-        return Material(
-            tier=self.tier.name,
-            track=self.tier.table.track,
-            model_rule=self.tier.model_rule,
-            start=self.start_program.sources,
-            sources=sources,
-        )
+        return Material.of(self.tier, sources, self.span.program)
 
     def judge(self, sources: Mapping[str, str]) -> None:
         """Raises `JudgeError` with the static judge's reasons."""

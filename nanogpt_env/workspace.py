@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import io
 import re
@@ -64,6 +65,7 @@ def same_program(one: str, other: str, name: str) -> bool:
     return ast.dump(parse_source(one, name)) == ast.dump(parse_source(other, name))
 
 
+@functools.lru_cache(maxsize=64)  # asked for every job, of few programs
 def without_comments(source: str, name: str) -> str:
     """What runs: a program could read its comments, which no judge takes for a part of it. Lines stay where they are.
     What is no Python is left to fail as it is."""

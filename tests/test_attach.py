@@ -96,6 +96,8 @@ def test_wrong_calls(folder, tmp_path):
     refused(call("attach", folder, "dance"), "dance")
     refused(call("attach", folder, "run", "--tier", "micro-steps"), "keeps its tier")
     refused(call("attach", tmp_path / "new", "--tier", "nowhere"), "nowhere")
+    for judge in ("static=veto,tokens=x", "static=maybe", "static,tokens"):
+        refused(call("attach", tmp_path / "new", "--tier", TINY, "--judge", judge), judge)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "optimizer.py").write_text("mine\n")
     refused(call("attach", tmp_path / "full", "--tier", TINY), "optimizer.py already")

@@ -15,6 +15,7 @@ from typing import Literal, Protocol, runtime_checkable
 from pydantic import Field, ValidationError
 
 from nanogpt_env.errors import TierError
+from nanogpt_env.tracks import Tier
 from nanogpt_env.types import Opinion, Record, Track
 
 
@@ -81,6 +82,13 @@ class Material(Record):
     model_rule: Literal["fixed", "free"] = "fixed"
     start: Mapping[str, str]
     sources: Mapping[str, str]
+
+    @classmethod
+    def of(cls, tier: Tier, sources: Mapping[str, str], start: str | None = None) -> Material:
+        """start: the record that they are shown beside, by default the tier's own start."""
+        record = tier.record(start or tier.table.reward.start)
+        track, rule = tier.table.track, tier.model_rule
+        return cls(tier=tier.name, track=track, model_rule=rule, start=record.sources, sources=sources)
 
 
 @runtime_checkable

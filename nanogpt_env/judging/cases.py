@@ -73,13 +73,7 @@ def _material(tier_name: str, sources: dict[str, str] | None = None, patch: str 
     workspace = Workspace(start, {}, tier.table.limits.source_bytes)
     if patch:
         workspace.patch(patch)
-    return Material(
-        tier=tier.name,
-        track=tier.table.track,
-        model_rule=tier.model_rule,
-        start=start,
-        sources=sources or workspace.files,
-    )
+    return Material.of(tier, sources or workspace.files)
 
 
 class Row(Record):
@@ -169,7 +163,7 @@ def _interval(hits: int, n: int) -> tuple[float, float] | None:
     return float(found.low), float(found.high)
 
 
-class Recorder(Store):
+class Recorder:
     """Takes answers from another store, and keeps all of them in a `recorded.jsonl`."""
 
     def __init__(self, inner: Store, path: Path, model: str) -> None:

@@ -16,7 +16,7 @@ from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
@@ -245,17 +245,15 @@ def _opinion(name: str, votes: list[Judgement], asked: list[Asked]) -> Opinion:
 # --- answers that were given before ---
 
 
-class Store:
+class Store(Protocol):
     """Answers by the hash of what was asked."""
 
-    def get(self, key: str) -> Answer | None:
-        raise NotImplementedError
+    def get(self, key: str) -> Answer | None: ...
 
-    def put(self, key: str, answer: Answer) -> None:
-        raise NotImplementedError
+    def put(self, key: str, answer: Answer) -> None: ...
 
 
-class Cache(Store):
+class Cache:
     """A model's, a file each, in the cache folder of this user."""
 
     def __init__(self, model: str) -> None:
@@ -284,7 +282,7 @@ class Recorded(Record):
     answer: Answer
 
 
-class Recordings(Store):
+class Recordings:
     """`recorded.jsonl` of a judge's folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -298,3 +296,6 @@ class Recordings(Store):
 
     def get(self, key: str) -> Answer | None:
         return self.answers.get(key)
+
+    def put(self, key: str, answer: Answer) -> None:
+        """Forgotten: these are what was once said."""

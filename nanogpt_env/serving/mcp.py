@@ -84,7 +84,7 @@ class _Tools:
         return reply
 
     async def task(self) -> str:
-        """What there is to do, the rules, and how it stands."""
+        """What there is to do, the rules, and how it stood at first; `status` tells how it stands."""
         return self.room.greeting
 
     async def read_file(self, path: str = "") -> str:

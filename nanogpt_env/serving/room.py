@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -29,15 +30,11 @@ class Closed(BaseException):
     """The room is being closed while something runs in it; nobody catches it on the way."""
 
 
-class Busy(ActionError):
-    """A submission is being verified."""
-
-
 class Reply:
     """What an action did."""
 
-    def __init__(self, text: str, reward: float, over: bool, info: Info) -> None:
-        self.text, self.reward, self.over, self.info = text, reward, over, info
+    def __init__(self, text: str, info: Info) -> None:
+        self.text, self.info = text, info
 
     @property
     def refused(self) -> bool:
@@ -69,14 +66,13 @@ class Room:
             lock.acquire()
         except Timeout:
             raise ActionError(f"another server has the episode in {folder}") from None
-        unended = unfinished(folder)
-        room = cls(make(folder), lock)
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(lock.release)
+            unended = unfinished(folder)
+            room = cls(make(folder), lock)
+            failed.callback(room.env.close)
             observation, _ = room._call(lambda: room.env.resume(unended) if unended else room.env.reset())
-        except BaseException:
-            room.env.close()
-            lock.release()
-            raise
+            failed.pop_all()
         room.greeting = observation["text"]
         return room
 
@@ -86,7 +82,7 @@ class Room:
     # --- actions ---
 
     def do(self, action: dict[str, Any]) -> Reply:
-        """One action that takes no time. Raises `Busy` while a submission is being verified."""
+        """One action that takes no time. Raises `ActionError` while a submission is being verified."""
         self._free()
         reply: Reply = self._call(lambda: self._step(action))
         return reply
@@ -128,14 +124,16 @@ class Room:
         if self.over:
             raise ActionError(f"the episode is over: {self.over}")
         if self.submitting:
-            raise Busy(f"a submission is being verified ({self.waiting[0] or 'it begins'}); `result` waits for it")
+            raise ActionError(
+                f"a submission is being verified ({self.waiting[0] or 'it begins'}); `result` waits for it"
+            )
 
     def _step(self, action: dict[str, Any]) -> Reply:
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        observation, _, terminated, truncated, info = self.env.step(action)
         self.waiting = ("", None)
         if terminated or truncated:
             self.over = self.env.episode.over
-        return Reply(observation["text"], float(reward), terminated or truncated, info)
+        return Reply(observation["text"], info)
 
     def _progress(self, what: str, handle: RunHandle | None) -> None:
         if self._closing:
