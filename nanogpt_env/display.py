@@ -38,7 +38,7 @@ def say(text: str, where: Console = console) -> None:
 
 
 def print_json(content: object) -> None:
-    print(to_json(content, indent=1, inf_nan_mode="null", fallback=str).decode())
+    print(to_json(content, indent=1, inf_nan_mode="null", fallback=str).decode(), flush=True)
 
 
 def _bar(done: ProgressColumn | None = None) -> Progress:

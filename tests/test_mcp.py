@@ -456,8 +456,9 @@ def test_the_command_over_http(tmp_path):
         "x,y",
     ]
     tokens = []
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # who reads a pipe must see it
     for _ in range(2):  # the second time it goes on, with the same tokens
-        with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True) as server:
+        with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True, env=environment) as server:
             text = ""
             while not text.endswith("]\n"):
                 text += server.stdout.readline()
