@@ -85,7 +85,7 @@ def train(envs: VecEnv, output: Path, seed: int, episodes: int) -> None:
     path, curve = output / f"policy-{seed}.zip", output / "curve.jsonl"
     per_env = UPDATE // envs.num_envs
     if path.exists():
-        model = PPO.load(path, envs, device="cpu")
+        model = PPO.load(path, envs, device="cpu", n_steps=per_env)
     else:
         model = PPO("MlpPolicy", envs, n_steps=per_env, seed=seed, **SETTINGS)
     # episodes after the last update that was saved taught nothing: they are played again
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--tier", default="nano-steps")
     parser.add_argument("--episodes", type=int, default=144, help="of each seed; a multiple of 16")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--envs", type=int, default=2, help="environments at a time: as many as there are free cores")
+    parser.add_argument("--envs", type=int, default=8, choices=[1, 2, 4, 8, 16], help="at a time; they share the cores")
     parser.add_argument("--output", type=Path, default=Path("rl-output"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -228,7 +228,7 @@ def _scout(env: Speedrun, horizon: int, progress: display.RunProgress) -> None:
 
 @app.command()
 def replay(
-    ledger: Annotated[Path, typer.Argument(help="A ledger.jsonl, or the folder of an episode.")],
+    ledger: Annotated[Path, typer.Argument(help="A ledger.jsonl, or the folder of an episode, or of one only.")],
     as_json: JsonOption = False,
 ) -> int:
     """Recompute every verdict and reward of a ledger. Exit code 1 if they differ from what was recorded."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from gymnasium.error import ResetNeeded
 from rich.table import Table
 
 from nanogpt_env import agents, display
@@ -28,7 +30,7 @@ from nanogpt_env.cli_options import (
 from nanogpt_env.compare import Entry, Summary, summarize
 from nanogpt_env.compare import compare as compare_agents
 from nanogpt_env.display import console, errors, print_json, say
-from nanogpt_env.errors import ActionError, AgentError
+from nanogpt_env.errors import ActionError
 from nanogpt_env.tiers import load_tier
 from nanogpt_env.tracks import Tier
 
@@ -96,9 +98,10 @@ def play(
             if listen:
                 errors.print(f"waiting for an agent at {listen}", markup=False)
             played = agents.play(env, player, tell, announce, resume)
-        except (AgentError, KeyboardInterrupt):
-            env.leave()
-            errors.print(f"to go on: the same command with --resume {env.episode.folder}", markup=False, soft_wrap=True)
+        except BaseException:  # whatever an agent raises leaves an episode that can be gone on with
+            with contextlib.suppress(ResetNeeded):  # none was begun
+                env.leave()
+                say(f"to go on: the same command with --resume {env.episode.folder}", errors)
             raise
         finally:
             if isinstance(player, IsolatedAgent | RemoteAgent):

@@ -32,9 +32,9 @@ class Replay:
 
 
 def replay(path: Path) -> Replay:
-    """`path`: a ledger, or the folder of its episode. Raises `LedgerError` if it is no ledger of this version, or
-    damaged."""
-    path = path / "ledger.jsonl" if path.is_dir() else path
+    """`path`: a ledger, the folder of its episode, or one that holds this episode only. Raises `LedgerError` if it is
+    no ledger of this version, or damaged."""
+    path = _ledger(path) if path.is_dir() else path
     lines, torn = read_ledger(path)
     if not lines or lines[0]["kind"] != "episode" or lines[0].get("version") != VERSION:
         raise LedgerError(f"{path} is not a version {VERSION} ledger: its first line must be an episode")
@@ -42,6 +42,15 @@ def replay(path: Path) -> Replay:
         return _replay(lines, torn)
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise LedgerError(f"{path}: a line lacks or garbles what it must have: {error!r}") from None
+
+
+def _ledger(folder: Path) -> Path:
+    found = sorted(folder.glob("*/ledger.jsonl"))
+    if (folder / "ledger.jsonl").exists() or not found:
+        return folder / "ledger.jsonl"
+    if len(found) > 1:
+        raise LedgerError(f"{folder} holds {len(found)} episodes; say which, such as {found[-1].parent}")
+    return found[0]
 
 
 def _replay(lines: list[dict[str, Any]], torn: str) -> Replay:

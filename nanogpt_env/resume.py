@@ -56,7 +56,8 @@ def resume(
     if not lines or lines[0]["kind"] != "episode" or lines[0].get("version") != VERSION:
         raise LedgerError(f"{path} is not a version {VERSION} ledger")
     if lines[-1]["kind"] == "end":
-        raise LedgerError(f"the episode in {folder} has ended: {lines[-1].get('reason')}")
+        ended = f"the episode in {folder} has ended: {lines[-1].get('reason')}"
+        raise LedgerError(f"{ended}; `nanogpt-env replay {folder}` says what it earned")
     episode = None
     try:
         episode = _opened(path, lines[0], tier, backend, panel)

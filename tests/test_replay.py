@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from helpers import ANCHOR, START, TARGET, make_tier
@@ -113,6 +114,11 @@ def test_an_episode_that_has_not_ended_says_so_and_a_folder_will_do(path):
     folder.mkdir()
     (folder / "ledger.jsonl").write_bytes(path.read_bytes())
     assert replay(folder) == replay(path)
+    path.unlink()
+    assert replay(path.parent) == replay(folder)
+    shutil.copytree(folder, path.parent / "other")
+    with pytest.raises(LedgerError, match="holds 2 episodes; say which, such as"):
+        replay(path.parent)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from fakes import FakeBackend, ran
-from test_cli import call, call_json
+from test_cli import call, call_json, refused
 
 from nanogpt_env import ActionError, Speedrun, literals
 from nanogpt_env.agents import AGENTS, find_agent, play
@@ -121,6 +121,21 @@ def test_a_malformed_action_is_told_to_the_agent(tmp_path):
     done = call("play", "--agent", "clumsy:Clumsy", "--output", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> malformed") == 2 and "> stop" in done.stdout
+
+
+def test_what_an_agent_raises_leaves_an_episode_to_go_on_with(tmp_path):
+    def played(answer, *more):
+        (tmp_path / "hasty.py").write_text(
+            "from nanogpt_env import Stop\nclass Hasty:\n    def __init__(self, tier):\n        pass\n"
+            f"    def act(self, observation, info):\n        return {answer}\n"
+        )
+        return call("play", "--agent", "hasty:Hasty", "--output", tmp_path / "out", *more, cwd=tmp_path)
+
+    done = played("{}['what it wanted']")
+    refused(done, "the agent raised KeyError('what it wanted') (", "hasty.py, line 6)")
+    done = played("Stop()", "--resume", done.stderr.split("--resume ")[1].splitlines()[0])
+    assert done.returncode == 0, done.stderr
+    assert call_json("replay", tmp_path / "out")["notes"] == []
 
 
 def test_without_optuna_the_way_out_is_named(monkeypatch):

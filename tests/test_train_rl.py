@@ -91,6 +91,7 @@ def test_without_policies_the_way_out_is_named(train_rl, tmp_path, monkeypatch):
 def test_a_rising_curve_by_real_training(tmp_path):
     """One seed, on the tier of the tests, in two processes."""
     command = [sys.executable, EXAMPLES / "train_rl.py", "--tier", TINY, "--episodes", "48", "--seeds", "1"]
+    command += ["--envs", "2"]  # each is a process that loads a lot
     done = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "summary.json").read_text())

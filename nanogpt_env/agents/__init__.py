@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from nanogpt_env.agents.ladder import LadderAgent
 from nanogpt_env.agents.search import BayesAgent, BestOfAgent, GreedyAgent, HalvingAgent, RandomAgent, TreeAgent
 from nanogpt_env.env import Speedrun
-from nanogpt_env.errors import ActionError, BackendError
+from nanogpt_env.errors import ActionError, AgentError, BackendError, NanoGPTError
 from nanogpt_env.tracks import Tier
 
 
@@ -85,14 +86,15 @@ def play(
     called before each action, `on_step(name, text, reward)` after it. An agent that has a method `attach` gets the
     environment first, to fork it.
 
-    Raises `BackendError` when our side fails: the agent here could only go on without its run."""
+    Raises `BackendError` when our side fails, as the agent here could only go on without its run, and `AgentError`,
+    caused by it, for whatever an agent raises."""
     played = Played()
     observation, info = env.resume(resume) if resume else env.reset()
     if attach := getattr(agent, "attach", None):
         attach(env)
     over = False
     while not over:
-        action = agent.act(observation, info)
+        action = _act(agent, observation, info)
         on_action(action)
         observation, reward, terminated, truncated, info = env.step(action)
         if info.get("error") == "BackendError":
@@ -107,3 +109,13 @@ def play(
         on_step(name, observation["text"], reward)
     played.info = info
     return played
+
+
+def _act(agent: Agent, observation: dict[str, Any], info: dict[str, Any]) -> Any:
+    try:
+        return agent.act(observation, info)
+    except NanoGPTError:
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise AgentError(f"the agent raised {error!r} ({at.filename}, line {at.lineno})") from error
