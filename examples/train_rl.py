@@ -68,7 +68,7 @@ class Curve(BaseCallback):
                 line = {"seed": self.seed, "episode": self.done, "verified": info["verified"]}
                 line |= {"device_seconds": spent, "submitted": "verdict" in info}
                 line["ledger"] = os.path.relpath(info["ledger"], self.path.parent)
-                line["wall_seconds"] = time.monotonic() - self.began
+                line["update_seconds"] = time.monotonic() - self.began
                 file.write(json.dumps(line) + "\n")
         mean = sum(self.recent) / len(self.recent)
         print(f"seed {self.seed}: {self.done} of {self.episodes} episodes, recovered {mean:.3f} of late", flush=True)
@@ -109,7 +109,7 @@ def summarize(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         means = [sum(values) / len(values) for values in seeds.values()]
         interval = mean_interval(means, 0.95) if len(means) > 1 else None
         mean = {"episodes": (update + 1) * UPDATE, "recovered": sum(means) / len(means)}
-        rows.append({**mean, "interval": interval, "seeds": len(means)})
+        rows.append({**mean, "interval": interval, "seeds": dict(zip(seeds, means, strict=True))})
     return rows
 
 
@@ -119,7 +119,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     x, y = [row["episodes"] for row in rows], [row["recovered"] for row in rows]
-    axes.plot(x, y, marker="o", ms=3, label=f"mean of {rows[0]['seeds']} seeds")
+    for seed in rows[0]["seeds"]:
+        axes.plot(x, [row["seeds"].get(seed) for row in rows], color="C0", lw=0.7, alpha=0.6)
+    axes.plot(x, y, marker="o", ms=3, label=f"mean of {len(rows[0]['seeds'])} seeds (thin lines)")
     low, high = zip(*(row["interval"] or (row["recovered"],) * 2 for row in rows), strict=True)
     axes.fill_between(x, low, high, alpha=0.2, label="95 % of the mean")
     axes.set(xlabel="episodes (one attempt each)", ylabel="verified share of the human speedup")
@@ -167,7 +169,7 @@ class Policy:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tier", default="nano-steps")
-    parser.add_argument("--episodes", type=int, default=144, help="of each seed; a multiple of 16")
+    parser.add_argument("--episodes", type=int, default=112, help="of each seed; a multiple of 16")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--envs", type=int, default=8, choices=[1, 2, 4, 8, 16], help="at a time; they share the cores")
     parser.add_argument("--output", type=Path, default=Path("rl-output"))
