@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from nanogpt_env import Stop
 from nanogpt_env.actions import Action
+from nanogpt_env.agents.search import GAIN
 from nanogpt_env.env import Speedrun
 from nanogpt_env.stats import mean_interval
 from nanogpt_env.tracks import Tier
@@ -155,7 +156,7 @@ class Policy:
         while True:
             action, _ = self.model.predict(first, deterministic=sure)
             sure, spent = False, False
-            attempt = self.settings.attempt(action)
+            attempt = self.settings.attempt(action, GAIN)
             outcome: Any = None
             try:
                 while True:

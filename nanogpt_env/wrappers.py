@@ -54,14 +54,14 @@ class Settings:
         claim = self.span.start_value * CLAIM_FACTOR ** float(np.clip(moves[-1], -1, 1))
         return source, max(2, min(round(claim), self.tier.table.training.max_horizon))
 
-    def attempt(self, action: Numbers) -> Generator[Action, tuple[Observation, Info], None]:
-        """Actions that write the program, train it once and, if that reached the target in fewer steps than the best
-        so far, submit it. To be sent what each came to."""
+    def attempt(self, action: Numbers, gain: float = 1.0) -> Generator[Action, tuple[Observation, Info], None]:
+        """Actions that write the program, train it once and, if that reached the target in fewer steps than this share
+        of the best so far, submit it. To be sent what each came to."""
         source, claim = self.program(action)
         yield WriteFile(path=self.file, text=source)
         _, info = yield Run(horizon=claim)
         above = self.above(info)
-        if above is not None and above <= 0 and not (claim and claim >= info["best"]):
+        if above is not None and above <= 0 and not (claim and claim >= gain * info["best"]):
             yield Submit(claim=claim, horizon=claim)
 
     def above(self, info: Info) -> float | None:
