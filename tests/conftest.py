@@ -19,6 +19,12 @@ from nanogpt_env.tiers import load_tier
 import container
 
 TINY = Path(__file__).parent / "tiny-steps"
+LONG = ["docs", "attacks", "gpu_tiers", "docker", "train_rl", "ranks", "search_agents", "wallclock", "mcp"]
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first: in the end one worker would be alone with the last of them."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 @pytest.fixture(scope="session", autouse=True)
