@@ -1,13 +1,15 @@
 """Verified episodes per core-hour on nano-steps, against the naive way, with each factor's share.
 
-    python benchmarks/episodes.py [--environments 4] [--repeats 1]
+    python benchmarks/episodes.py [--environments 4]
 
 An episode: a run of the start record, the same in all; two runs of the candidate, with seeds of their own; and a
 submission. Candidates are one program at claims whose margins follow the mix of benchmarks/false_accepts.py, 70 %
 bad, 20 % near and 10 % good, in units of sigma. The ways add up: the naive one starts a process for each run, whenever
 an environment asks for it, and reruns each submission ten times; then runs wait for a core of their own (slots), start
-from a warm process, are rerun until the sequential test knows, and identical ones are trained once. Verdicts are
-counted where there are any. Writes benchmarks/results/episodes.json.
+from a warm process, are rerun until the sequential test knows, and identical ones are trained once. Verdicts and reruns
+are counted where there are any. The clock starts when all environments stand, as these last; from the sequential test
+on episodes differ in length, and the mix is played three times, so that the cores which wait for the last of them count
+less. Writes benchmarks/results/episodes.json.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import secrets
 import tempfile
 import time
@@ -45,20 +48,25 @@ MARGINS = [
     *(x / 0.0013 for x in np.linspace(*NEAR, 5)[1::2]),
     sum(GOOD) / 2 / 0.0013,
 ]
-WAYS = ("naive", "slots", "warm", "sequential", "shared")
+WAYS = {"naive": 1, "slots": 1, "warm": 1, "sequential": 3, "shared": 3}
+"""how often each plays the mix"""
+
+
+def has(way: str, factor: str) -> bool:
+    """The ways add up."""
+    return list(WAYS).index(way) >= list(WAYS).index(factor)
 
 
 def backend_of(way: str) -> Backend:
-    step = WAYS.index(way)
-    local = LocalBackend("auto", warm=step >= WAYS.index("warm"))
+    local = LocalBackend("auto", warm=has(way, "warm"))
     if way == "naive":
         return local
     queued = Queued(local, owner=secrets.token_hex(4))
     return Shared(queued, local.kind) if way == "shared" else queued
 
 
-def episode(env: Speedrun, way: str, margin: float, number: int) -> bool | None:
-    """Play it; whether the submission was accepted, if the way decides that."""
+def episode(env: Speedrun, way: str, margin: float, number: int) -> tuple[bool, int]:
+    """Play it; whether the submission was accepted, if the way decides that, and after how many reruns."""
     tier = env.tier
     assert isinstance(tier, StepsTier)
     env.reset()
@@ -68,14 +76,16 @@ def episode(env: Speedrun, way: str, margin: float, number: int) -> bool | None:
     do(env, WriteFile(path="optimizer.py", text=record.sources["optimizer.py"]))
     for i in (1, 2):
         do(env, Run(horizon=record.horizon, seed=1000 * number + i))
-    if WAYS.index(way) >= WAYS.index("sequential"):
-        return bool(do(env, Submit(claim=claim, horizon=record.horizon))["verdict"]["accepted"])
+    if has(way, "sequential"):
+        verdict = do(env, Submit(claim=claim, horizon=record.horizon))["verdict"]
+        assert not verdict["cached"]
+        return verdict["accepted"], verdict["n"]
     plan = tier.plan(record.horizon, claim)
     for _ in range(FIXED):
         job = tier.job(record.sources, plan, secrets.token_hex(32), (tier.table.data.hidden,))
         if not env.episode.backend.start(job).result().completed:
             raise SystemExit("a rerun did not complete")
-    return None
+    return False, FIXED
 
 
 def do(env: Speedrun, action: Action) -> dict[str, Any]:
@@ -87,9 +97,21 @@ def do(env: Speedrun, action: Action) -> dict[str, Any]:
 
 def work(way: str, tasks: Any, answers: Any, folder: str) -> None:
     with closing(Speedrun("nano-steps", backend=backend_of(way), state_dir=folder)) as env:
+        env.reset()
+        do(env, Run(horizon=5))  # what stands from now on is there
+        answers.put(None)
         while (task := tasks.get()) is not None:
             margin, number = task
             answers.put(episode(env, way, margin, number))
+
+
+def answer(answers: Any, workers: list[Any]) -> Any:
+    while True:
+        try:
+            return answers.get(timeout=5)
+        except queue.Empty:
+            if any(worker.exitcode for worker in workers):
+                raise SystemExit("an environment failed") from None
 
 
 def play(way: str, environments: int) -> dict[str, Any]:
@@ -98,41 +120,42 @@ def play(way: str, environments: int) -> dict[str, Any]:
         os.environ["NANOGPT_ENV_CACHE"] = f"{folder}/cache"
         context = multiprocessing.get_context("spawn")
         tasks, answers = context.Queue(), context.Queue()
-        # nobody knows beforehand which take long
-        order = np.random.default_rng(0).permutation(len(MARGINS))
-        for number in order:
-            tasks.put((MARGINS[number], int(number)))
-        workers = [context.Process(target=work, args=(way, tasks, answers, folder)) for _ in range(environments)]
-        began = time.monotonic()
+        shared = (way, tasks, answers, folder)
+        workers = [context.Process(target=work, args=shared, daemon=True) for _ in range(environments)]
         for worker in workers:
             worker.start()
+        for _ in workers:
+            answer(answers, workers)  # it stands
+        margins = MARGINS * WAYS[way]
+        began = time.monotonic()
+        # nobody knows beforehand which take long
+        for number in np.random.default_rng(0).permutation(len(margins)):
+            tasks.put((margins[number], int(number)))
+        for _ in workers:
             tasks.put(None)
-        accepted = [answers.get(timeout=7200) for _ in MARGINS]
+        played = [answer(answers, workers) for _ in margins]
         took = time.monotonic() - began
         for worker in workers:
             worker.join()
-    return {"way": way, "seconds": took, "accepted": sum(map(bool, accepted))}
+    accepted, reruns = map(sum, zip(*played, strict=True))
+    n = len(margins)
+    return {"way": way, "episodes": n, "seconds": took, "accepted": accepted, "reruns_each": reruns / n}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--environments", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     cores, rows = len(os.sched_getaffinity(0)), list[dict[str, Any]]()
-    for _ in range(args.repeats):
-        for way in WAYS:
-            rows.append(play(way, args.environments))
-            rows[-1]["episodes_per_core_hour"] = 3600 * len(MARGINS) / rows[-1]["seconds"] / cores
-            print(rows[-1], flush=True)
-    naive = sum(row["seconds"] for row in rows if row["way"] == "naive")
-    before = naive
     for way in WAYS:
-        seconds = sum(row["seconds"] for row in rows if row["way"] == way)
-        print(f"{way}: {naive / seconds:.2f} times the naive way, {before / seconds:.2f} by itself")
-        before = seconds
-    command = "python benchmarks/episodes.py " + " ".join(f"--{k} {v}" for k, v in vars(args).items())
-    known = {"command": command, "cores": cores, "episodes": len(MARGINS), "rows": rows}
+        row = play(way, args.environments)
+        rows.append(row)
+        row["episodes_per_core_hour"] = rate = 3600 * row["episodes"] / row["seconds"] / cores
+        row["times_naive"] = rate / rows[0]["episodes_per_core_hour"]
+        row["times_before"] = rate / rows[max(len(rows) - 2, 0)]["episodes_per_core_hour"]
+        print(row, flush=True)
+    command = f"python benchmarks/episodes.py --environments {args.environments}"
+    known = {"command": command, "cores": cores, "rows": rows}
     (RESULTS / "episodes.json").write_text(json.dumps(known, indent=1) + "\n")
 
 
