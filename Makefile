@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/nanogpt-env play --tier $(TIER) --agent ladder --output demo-output
 
 test: .venv/installed check
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # the full matrix of attacks on top, some hours the first time; goes on where it stopped
 test-all: test
