@@ -132,13 +132,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 class Policy:
-    """Plays trained policies, one chosen anew for each episode: an agent for `nanogpt-env play` and `compare`."""
+    """Plays trained policies, one chosen anew for each episode, or the one that `--set policy=0` or the like names: an
+    agent for `nanogpt-env play` and `compare`."""
 
-    def __init__(self, tier: Tier) -> None:
+    def __init__(self, tier: Tier, policy: str | int = "*") -> None:
         folder = Path(os.environ.get("NANOGPT_RL", "rl-output"))
-        found = sorted(p for p in folder.glob("policy-*.zip") if ".new" not in p.name)
+        name = f"policy-{policy}.zip"
+        found = sorted(path for path in folder.glob(name) if ".new" not in path.name)
         if not found:
-            raise FileNotFoundError(f"no policies in {folder}: train some, or set NANOGPT_RL to their folder")
+            raise FileNotFoundError(f"no {name} in {folder}: train some, or set NANOGPT_RL to their folder")
         self.model, self.settings = PPO.load(random.choice(found), device="cpu"), Settings(tier)
         self.script = self.attempts()
         self.began = False

@@ -63,7 +63,7 @@ def test_it_learns_what_is_verified(train_rl, tmp_path, monkeypatch):
 
     monkeypatch.setenv("NANOGPT_RL", str(tmp_path))
     env = Speedrun("nano-steps", backend=noisy(), state_dir=tmp_path / "played", budget={"runs": 12})
-    played = play(env, train_rl.Policy(env.tier))
+    played = play(env, train_rl.Policy(env.tier, policy=1))
     env.close()
     assert played.info["recovered"] > 0.1
     assert played.steps[-1]["type"] == "stop" and len(played.runs) == 12
@@ -84,8 +84,9 @@ def test_it_goes_on_after_the_last_update(train_rl, tmp_path):
 
 def test_without_policies_the_way_out_is_named(train_rl, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOGPT_RL", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="NANOGPT_RL"):
-        train_rl.Policy(Speedrun("nano-steps", backend=FakeBackend()).tier)
+    (tmp_path / "policy-0.zip").touch()
+    with pytest.raises(FileNotFoundError, match=r"policy-1\.zip.*NANOGPT_RL"):
+        train_rl.Policy(Speedrun("nano-steps", backend=FakeBackend()).tier, policy=1)
 
 
 def test_a_rising_curve_by_real_training(tmp_path):
