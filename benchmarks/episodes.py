@@ -6,10 +6,9 @@ An episode: a run of the start record, the same in all; two runs of the candidat
 submission. Candidates are one program at claims whose margins follow the mix of benchmarks/false_accepts.py, 70 %
 bad, 20 % near and 10 % good, in units of sigma. The ways add up: the naive one starts a process for each run, whenever
 an environment asks for it, and reruns each submission ten times; then runs wait for a core of their own (slots), start
-from a warm process, are rerun until the sequential test knows, and identical ones are trained once. Verdicts and reruns
-are counted where there are any. The clock starts when all environments stand, as these last; from the sequential test
-on episodes differ in length, and the mix is played three times, so that the cores which wait for the last of them count
-less. Writes benchmarks/results/episodes.json.
+from a warm process, identical ones are trained once, and submissions are rerun until the sequential test knows. The
+clock starts when all environments stand, as these last. With the sequential test episodes differ in length, so it plays
+the mix six times. Writes benchmarks/results/episodes.json.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ MARGINS = [
     *(x / 0.0013 for x in np.linspace(*NEAR, 5)[1::2]),
     sum(GOOD) / 2 / 0.0013,
 ]
-WAYS = {"naive": 1, "slots": 1, "warm": 1, "sequential": 3, "shared": 3}
+WAYS = {"naive": 1, "slots": 1, "warm": 1, "shared": 1, "sequential": 6}
 """how often each plays the mix"""
 
 
@@ -62,7 +61,7 @@ def backend_of(way: str) -> Backend:
     if way == "naive":
         return local
     queued = Queued(local, owner=secrets.token_hex(4))
-    return Shared(queued, local.kind) if way == "shared" else queued
+    return Shared(queued, local.kind) if has(way, "shared") else queued
 
 
 def episode(env: Speedrun, way: str, margin: float, number: int) -> tuple[bool, int]:
@@ -137,9 +136,9 @@ def play(way: str, environments: int) -> dict[str, Any]:
         took = time.monotonic() - began
         for worker in workers:
             worker.join()
-    accepted, reruns = map(sum, zip(*played, strict=True))
-    n = len(margins)
-    return {"way": way, "episodes": n, "seconds": took, "accepted": accepted, "reruns_each": reruns / n}
+    n, reruns = len(played), [reruns for _, reruns in played]
+    spread = {"reruns": float(np.mean(reruns)), "standard_error": float(np.std(reruns, ddof=1) / n**0.5)}
+    return {"way": way, "episodes": n, "seconds": took, "accepted": sum(ok for ok, _ in played), **spread}
 
 
 def main() -> None:
