@@ -313,6 +313,7 @@ def test_readout_and_steps_share_one_allowance(tier, warm, broken):
         assert burning(0.06, 0).completed
         assert burning(0, 1.2).completed
         assert burning(0.06, 1.2).exit_reason == "rule_too_slow"
+        assert not warm or backend.cold_because == ""
     finally:
         backend.close()
 
