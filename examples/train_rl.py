@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
@@ -88,6 +89,7 @@ def train(envs: VecEnv, output: Path, seed: int, episodes: int) -> None:
     per_env = UPDATE // envs.num_envs
     if path.exists():
         model = PPO.load(path, envs, device="cpu", n_steps=per_env)
+        torch.seed()  # loading has set the training's own, with which it would try again what it began with
     else:
         model = PPO("MlpPolicy", envs, n_steps=per_env, seed=seed, **SETTINGS)
     # episodes after the last update that was saved taught nothing: they are played again
@@ -142,6 +144,7 @@ class Policy:
         if not found:
             raise FileNotFoundError(f"no {name} in {folder}: train some, or set NANOGPT_RL to their folder")
         self.model, self.settings = PPO.load(random.choice(found), device="cpu"), Settings(tier)
+        torch.seed()  # as in `train`; all episodes would try the same
         self.script = self.attempts()
         self.began = False
 

@@ -12,7 +12,7 @@ from fakes import FakeBackend
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_search_agents import landscape
 
-from nanogpt_env import Speedrun
+from nanogpt_env import Speedrun, WriteFile
 from nanogpt_env.agents import play
 from nanogpt_env.replay import replay
 from nanogpt_env.wrappers import SettingsWrapper
@@ -80,6 +80,24 @@ def test_it_goes_on_after_the_last_update(train_rl, tmp_path):
     again = train_rl.read_curve(tmp_path)
     assert again[:32] == whole
     assert [line["episode"] for line in again] == list(range(1, 49))
+
+
+def test_a_policy_tries_something_else_in_each_episode(train_rl, tmp_path, monkeypatch):
+    train_rl.train(environments(train_rl, tmp_path / "episodes"), tmp_path, 0, 16)
+    monkeypatch.setenv("NANOGPT_RL", str(tmp_path))
+    tier = Speedrun("nano-steps", backend=FakeBackend()).tier
+
+    def tried():
+        """The first program and the second."""
+        script = train_rl.Policy(tier).attempts()
+        first = next(script)
+        action = first
+        while action == first or not isinstance(action, WriteFile):
+            action = script.send(({}, {"error": "BudgetError"}))
+        return first.text, action.text
+
+    (best, one), (again, another) = tried(), tried()
+    assert best == again and one != another
 
 
 def test_without_policies_the_way_out_is_named(train_rl, tmp_path, monkeypatch):
