@@ -153,7 +153,7 @@ class ModelServer:
                 self.end_headers()
                 with contextlib.suppress(OSError):  # it was tired of waiting
                     self.wfile.write(data[: len(data) // 2] if says.cut else data)
-                self.close_connection = says.cut
+                self.close_connection = says.cut or says.seconds > 0  # may be gone
 
             def _stream(self, says: Says) -> None:
                 self.send_response(200)
@@ -179,8 +179,8 @@ class ModelServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self.thread.start()
 
     @property
     def url(self) -> str:
@@ -189,7 +189,7 @@ class ModelServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join()
+        self.thread.join()
 
 
 @contextlib.contextmanager
