@@ -143,11 +143,12 @@ class Trap:
             self.facts["BYSTANDER"] = self._bystander.pid
 
     def left(self) -> list[int]:
-        """Processes that carry our token."""
+        """Processes that have our token as an argument. In a path of one it says little: a sandbox is told by path what
+        its candidate may see, and that may be a file of ours."""
         found = []
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):  # ended meanwhile
-                if self.token in entry.read_text(errors="replace") and int(entry.parent.name) != os.getpid():
+                if self.token in entry.read_text(errors="replace").split("\0"):
                     found.append(int(entry.parent.name))
         return found
 

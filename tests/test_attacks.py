@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,19 @@ def test_the_trap_finds_nothing_where_nothing_was_done(tmp_path):
         assert trap.effects("") == {} and trap.left() == [] and trap.written_bytes() == 0
         assert "NANOGPT_ENV_TRAP" in os.environ
     assert "NANOGPT_ENV_TRAP" not in os.environ and not trap.folder.exists()
+
+
+@pytest.mark.parametrize(("told", "is_it"), [("{}", True), ("/usr/{}", False)], ids=["itself", "a path"])
+def test_processes_are_known_by_an_argument(told, is_it):
+    """A sandbox may be told to show the file that a probe of another session has just left there."""
+    with Trap([]) as trap:
+        program = "import time; print(flush=True); time.sleep(60)"
+        command = [sys.executable, "-c", program, told.format(trap.token)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout and process.stdout.readline()
+            assert trap.left() == [process.pid] * is_it
+            trap.clean()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2.0 if is_it else 0.2)
+            assert (process.poll() is not None) == is_it
+            process.kill()
