@@ -66,7 +66,7 @@ def doctor(
 def _check(names: list[str]) -> dict[str, Conformance]:
     found = {}
     for name in names:
-        with display.steps(f"checking {name}", 4) as step, closing(LocalBackend(name)) as backend:
+        with display.steps(f"checking {name}", 2) as step, closing(LocalBackend(name)) as backend:
             found[name] = check_backend(backend, quick=True, on_check=step)
     return found
 
@@ -96,7 +96,7 @@ def _print_host(found: dict[str, Any], checked: dict[str, Conformance]) -> None:
     table.add_row("control groups", f"version {groups['version']}" if groups["available"] else "not available")
     table.add_row("sandbox auto", sandboxes["auto"])
     console.print(table)
-    boxes = Table("sandbox", "trusted", "checks", "a run of one step", "not here because, or open")
+    boxes = Table("sandbox", "trusted", "checks", "a run of 4 steps", "not here because, or open")
     for name, box in sandboxes["sandboxes"].items():
         report = checked.get(name)
         held = f"{sum(c.outcome == 'held' for c in report.checks)} of {len(report.checks)} held" if report else ""

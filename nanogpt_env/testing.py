@@ -140,7 +140,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Conformance:
-    """What `check_backend` found. `start_s`: seconds of whole runs of one step, the first one apart."""
+    """What `check_backend` found. `start_s`: seconds of whole runs of 4 steps."""
 
     sandbox: SandboxInfo
     checks: tuple[Check, ...]
@@ -164,7 +164,7 @@ class Conformance:
 def check_backend(
     backend: Backend, quick: bool = False, on_check: Callable[[str], None] = lambda _: None
 ) -> Conformance:
-    """Run the probes, one after the other; about ten runs, `quick`: two. `on_check` gets the name of each. Raises
+    """Run the probes, one after the other; ten runs, `quick`: two. `on_check` gets the name of each. Raises
     `BackendError` if the backend itself fails. The backend is left open."""
     tier = load_tier("nano-steps", calibrated=False)
     assert isinstance(tier, StepsTier)
@@ -244,11 +244,10 @@ class _Checker:
         self.ended()
 
     def starts(self, count: int) -> None:
-        for _ in range(count + 1):
+        for _ in range(count):  # after others, which loaded what these find
             result, seconds = self.run("start", RULE)
             self.start_s.append(round(seconds, 3))
         self.note("an honest rule trains", result.completed, f"{result.exit_reason}: {result.detail}", True)
-        del self.start_s[0]  # which may load what the others find there
 
 
 def _third_step(body: str) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def _table():
-    """pid -> (parent, start time) of every process that is not a zombie."""
+    """pid -> (parent, start time) of every process that is not a zombie. What other tests run may have any name."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = entry.read_text().rpartition(")")[2].split()
+            fields = entry.read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue  # ended meanwhile
         if fields[0] != "Z":
@@ -41,7 +41,7 @@ def left_after(processes, seconds):
 
 def _command(pid):
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return f"{pid} (ended)"
 
@@ -54,7 +54,7 @@ def command_lines():
     lines = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            lines.append(f"{entry.name} " + (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            lines.append(f"{entry.name} " + (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:
             continue
     return "\n".join(lines)

@@ -24,7 +24,7 @@ HONEST = [name for name, case in CASES.items() if case.honest]
 FIGURE = re.compile(r"\d+\.?\d*")
 # the naive scorer would be asked here too, but what these do to a machine is better done elsewhere: --naive
 SHORT = [name for name, case in CASES.items() if case.track != "submissions"]
-FAST = [name for name in SHORT if name in HOSTILE][::7]
+FAST = [name for name in SHORT if name in HOSTILE][::10]
 SUBMISSION = "submissions/g50_leaves_when_unlucky"
 THREATS = re.compile(r"[A-J]\d+")
 ROOT = Path(__file__).parents[1]

@@ -85,8 +85,9 @@ def test_torch_compile_finds_what_it_compiled(tiny):
         "import torch._dynamo.utils\ncounts = torch._dynamo.utils.counters['inductor']\n"
         "print('hits', counts['fxgraph_cache_hit'], 'misses', counts['fxgraph_cache_miss'])\nspeedrun.start()",
     )
+    limits = dict.fromkeys(("setup_s", "setup_cpu_s", "deadline_s"), 300.0)
     backend = LocalBackend("plain")
-    result = run(backend, tiny, source, compile_s=300.0, cache_bytes=64 << 20, setup_s=300.0, setup_cpu_s=300.0)
+    result = run(backend, tiny, source, compile_s=300.0, cache_bytes=64 << 20, **limits)
     backend.close()
     assert result.completed, result.detail + result.log
     first, second = (line for line in result.log.splitlines() if line.startswith("hits"))

@@ -395,15 +395,15 @@ asyncio.run(main())
 # --- the command ---
 
 
-def stdio(tmp_path, *arguments, tier=TINY):
-    arguments = ["mcp", "--tier", str(tier), "--output", str(tmp_path / "episodes"), *map(str, arguments)]
+def stdio(tmp_path, *arguments):
+    arguments = ["mcp", "--tier", str(TINY), "--output", str(tmp_path / "episodes"), *map(str, arguments)]
     return StdioServerParameters(command=str(COMMAND), args=arguments, env=dict(os.environ))
 
 
-def test_a_nano_episode_to_a_verified_reward(tmp_path):
+def test_an_episode_to_a_verified_reward(tmp_path):
     """By real training, over standard input and output."""
-    tier = load_tier("nano-steps")
-    claim, record = tier.measured.records["adamw-groups"].claim, tier.record("adamw-groups")
+    tier = load_tier(TINY)
+    claim, record = tier.measured.records["fast"].claim, tier.record("fast")
 
     async def work(client):
         await use(client, "write_file", path="optimizer.py", text=record.sources["optimizer.py"])
@@ -414,7 +414,7 @@ def test_a_nano_episode_to_a_verified_reward(tmp_path):
         return ran, submitted, await use(client, "stop")
 
     async def main():
-        async with Client(stdio(tmp_path, tier="nano-steps")) as client:
+        async with Client(stdio(tmp_path)) as client:
             return await work(client)
 
     ran, submitted, stopped = asyncio.run(asyncio.wait_for(main(), 900))
