@@ -41,7 +41,7 @@ def left_after(processes, seconds):
 
 def _command(pid):
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
     except OSError:
         return f"{pid} (ended)"
 
@@ -54,7 +54,7 @@ def command_lines():
     lines = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            lines.append(f"{entry.name} " + (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            lines.append(f"{entry.name} " + (entry / "cmdline").read_text(errors="replace").replace("\0", " "))
         except OSError:
             continue
     return "\n".join(lines)
