@@ -403,7 +403,8 @@ def stdio(tmp_path, *arguments):
 def test_an_episode_to_a_verified_reward(tmp_path):
     """By real training, over standard input and output."""
     tier = load_tier(TINY)
-    claim, record = tier.measured.records["fast"].claim, tier.record("fast")
+    record = tier.record("fast")
+    claim = tier.measured.records["fast"].claim or record.horizon
 
     async def work(client):
         await use(client, "write_file", path="optimizer.py", text=record.sources["optimizer.py"])
