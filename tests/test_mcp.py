@@ -350,9 +350,10 @@ def test_without_its_token_nobody_comes_in(rooms):
 
 def test_requests_are_bounded_in_size_and_time(rooms, monkeypatch):
     monkeypatch.setattr(web, "BODY_S", 0.5)
+    monkeypatch.setattr(web, "MAX_BODY", 1 << 14)  # a larger one would be refused, and cut, while it is being sent
     with serving(rooms) as url:
         good = {"Authorization": "Bearer token-a", "Accept": "application/json, text/event-stream"}
-        assert post(f"{url}/a/mcp", b"x" * (3 << 20), **good) == 413
+        assert post(f"{url}/a/mcp", b"x" * (1 << 15), **good) == 413
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as slow:
             good |= {"Host": f"{host}:{port}", "Content-Type": "application/json", "Content-Length": "99"}
